@@ -1,0 +1,7 @@
+"""`python -m auto_round`."""
+
+import sys
+
+from auto_round.cli import main
+
+sys.exit(main())

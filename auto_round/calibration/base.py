@@ -1,0 +1,138 @@
+"""What calibration data is: fixed token windows, and the registry of named datasets they may come from.
+
+This file must not know where text comes from or how it is tokenized. It imports torch only.
+Shape suffixes: N samples, T tokens of a sample.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from auto_round.errors import ConfigError
+from auto_round.registry import Registry
+
+# A document is plain text, or a conversation: messages such as {"role": "user", "content": "Hello"}.
+Message = Mapping[str, Any]
+Document = str | list[Message]
+
+# Windows offered for each one drawn when a huge source is read in part, and characters of a token at most on average
+# in common text: enough to choose from, and still only megabytes of text.
+CHOICE_FACTOR = 4
+CHARS_PER_TOKEN = 4
+
+
+@dataclass(frozen=True, eq=False)
+class CalibrationSet:
+    """The samples that a model is calibrated with.
+
+    Args:
+        input_ids: (N, T) int64 on the CPU, N and T at least 1, no negative values.
+        attention_mask: (N, T) bool on the CPU, True where a token is real; every sample has a real token. None when
+            nothing is padded; an all-True mask is stored as None.
+    Raises:
+        ConfigError: a shape, dtype, device or value is another.
+    """
+
+    input_ids: Tensor
+    attention_mask: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        ids = self.input_ids
+        if ids.dim() != 2 or ids.numel() == 0 or ids.dtype != torch.int64 or ids.device.type != "cpu":
+            raise ConfigError(
+                f"input_ids must be a (samples, tokens) int64 CPU tensor with at least one token, "
+                f"not {tuple(ids.shape)} {ids.dtype} on {ids.device}"
+            )
+        if int(ids.min()) < 0:
+            raise ConfigError(f"input_ids holds {int(ids.min())}; token ids are not negative")
+        if self.attention_mask is not None:
+            self._check_mask(self.attention_mask)
+
+    def _check_mask(self, mask: Tensor) -> None:
+        if mask.shape != self.input_ids.shape or mask.dtype != torch.bool or mask.device.type != "cpu":
+            raise ConfigError(
+                f"attention_mask must be a bool CPU tensor of shape {tuple(self.input_ids.shape)}, "
+                f"not {tuple(mask.shape)} {mask.dtype} on {mask.device}"
+            )
+        if not bool(mask.any(dim=1).all()):
+            raise ConfigError("attention_mask hides every token of a sample; leave that sample out")
+        if bool(mask.all()):
+            object.__setattr__(self, "attention_mask", None)
+
+    @property
+    def n_tokens(self) -> int:
+        """The number of real (not padded) tokens."""
+        return self.input_ids.numel() if self.attention_mask is None else int(self.attention_mask.sum())
+
+    def __len__(self) -> int:
+        return self.input_ids.shape[0]
+
+
+def merge_sets(sets: Sequence[CalibrationSet], *, pad_id: int) -> CalibrationSet:
+    """Returns the samples of all sets in order, padded on the right to the widest one.
+
+    Args:
+        sets: at least one.
+        pad_id: fills what is padded; the mask is False there.
+    """
+    width = max(part.input_ids.shape[1] for part in sets)
+    ids, masks = [], []
+    for part in sets:
+        missing = width - part.input_ids.shape[1]
+        mask = torch.ones_like(part.input_ids, dtype=torch.bool) if part.attention_mask is None else part.attention_mask
+        ids.append(torch.nn.functional.pad(part.input_ids, (0, missing), value=pad_id))
+        masks.append(torch.nn.functional.pad(mask, (0, missing), value=False))
+    return CalibrationSet(torch.cat(ids), torch.cat(masks))
+
+
+@dataclass(frozen=True)
+class ReadLimit:
+    """How much of a huge or endless source is read: until both numbers are reached, or to its end."""
+
+    n_documents: int
+    n_chars: int
+
+    @classmethod
+    def to_join(cls, nsamples: int, seqlen: int) -> ReadLimit:
+        """Returns the limit for documents that are joined and cut into windows of `seqlen` tokens."""
+        return cls(n_documents=1, n_chars=nsamples * seqlen * CHOICE_FACTOR * CHARS_PER_TOKEN)
+
+    @classmethod
+    def to_pad(cls, nsamples: int) -> ReadLimit:
+        """Returns the limit for documents that each make one sample."""
+        return cls(n_documents=nsamples * CHOICE_FACTOR, n_chars=0)
+
+    def is_reached(self, *, n_documents: int, n_chars: int) -> bool:
+        """True when so much is enough."""
+        return n_documents >= self.n_documents and n_chars >= self.n_chars
+
+
+@dataclass(frozen=True)
+class NamedDataset:
+    """A dataset of the Hugging Face hub that `--dataset` knows by name.
+
+    Args:
+        hub_path: the repository, `owner/name`.
+        document: turns a row into a document; a missing field is a KeyError.
+        config_name: the repository's configuration, None for its default.
+        default_splits: the splits read when none is asked for.
+        is_streamed: too large to download whole; only its first documents are read (see `ReadLimit`).
+        parquet_files: path pattern inside a repository that has a loading script, which `datasets` no longer runs.
+        row_separator: rows are pieces of one text; they are joined with this into a single document.
+    """
+
+    hub_path: str
+    document: Callable[[Mapping[str, Any]], Document]
+    config_name: str | None = None
+    default_splits: tuple[str, ...] = ("train",)
+    is_streamed: bool = False
+    parquet_files: str | None = None
+    row_separator: str | None = None
+
+
+DATASETS: Registry[NamedDataset] = Registry("dataset")

@@ -1,0 +1,348 @@
+"""Where weights come from and where they go: one prefix at a time, never a whole model.
+
+`CheckpointSource` reads a folder of safetensors; `ModuleSource` a model in memory. Both give plain dictionaries of
+tensors; the model object (on the meta device for a folder) serves as structure only. `ShardWriter` writes shards, index
+and side files. Only this file touches Transformers' weight-conversion interface, which is internal there.
+"""
+
+from __future__ import annotations
+
+import json
+import pickle
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from auto_round.errors import CheckpointError, ConfigError
+
+INDEX_NAME = "model.safetensors.index.json"
+PICKLED_INDEX_NAME = "pytorch_model.bin.index.json"
+WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".ckpt")
+
+
+class WeightSource(Protocol):
+    """Reads weights by module name (for tuning) and by checkpoint key (for export)."""
+
+    model: nn.Module
+    folder: Path | None
+
+    def tensors(self, prefix: str) -> dict[str, Tensor]:
+        """Returns parameters and buffers below a module, by full name within the model, on the CPU."""
+        ...
+
+    def keys(self) -> dict[str, str | None]:
+        """Returns checkpoint key -> parameter name within the model, or None where it is no 1:1 copy."""
+        ...
+
+    def read(self, key: str) -> Tensor:
+        """Returns the tensor stored under a checkpoint key."""
+        ...
+
+
+class CheckpointSource:
+    """A folder of safetensors (or pickled weights, converted once by torch's weights_only loader).
+
+    Args:
+        folder: with config.json and weights.
+        trust_remote_code: run model code that lies in the folder.
+    Raises:
+        CheckpointError: no or unreadable weights.
+        ConfigError: the model needs its own code and `trust_remote_code` is off.
+    """
+
+    def __init__(self, folder: Path, *, trust_remote_code: bool = False) -> None:
+        self.folder: Path | None = folder
+        self.files = _weight_map(folder)
+        self.model = meta_model(folder, trust_remote_code=trust_remote_code)
+        self._open: dict[str, Any] = {}
+        self._names, self._converted = self._map_keys()
+
+    def _map_keys(self) -> tuple[dict[str, str | None], dict[str, str]]:
+        """Returns checkpoint key -> parameter name, and checkpoint key -> first target of a many-to-one conversion."""
+        renamings, converters = _conversions(self.model)
+        meta = self.model.state_dict()
+        names: dict[str, str | None] = {}
+        converted = {}
+        for key in self.files:
+            target, pattern = _rename(key, renamings, converters, self.model, meta)
+            names[key] = target if pattern is None and target in meta else None
+            if pattern is not None:
+                converted[key] = target
+        return names, converted
+
+    def keys(self) -> dict[str, str | None]:
+        """Returns checkpoint key -> parameter name within the model, or None."""
+        return self._names
+
+    def read(self, key: str) -> Tensor:
+        """Returns the tensor stored under a checkpoint key."""
+        handle = self._handle(key)
+        return handle[key] if isinstance(handle, dict) else handle.get_tensor(key)
+
+    def tensors(self, prefix: str) -> dict[str, Tensor]:
+        """Returns parameters and buffers below a module; an empty prefix means everything outside the blocks."""
+        wanted = _below(prefix)
+        found = {name: self.read(key) for key, name in self._names.items() if name is not None and wanted(name)}
+        found.update(self._read_converted(prefix))
+        module = self.model.get_submodule(prefix)
+        dot = prefix + "." if prefix else ""
+        for name, buffer in module.named_buffers():
+            if not buffer.is_meta:
+                found.setdefault(dot + name, buffer)
+        for name, parameter in module.named_parameters():
+            if dot + name not in found and (alias := self._stored_alias(parameter)) is not None:
+                found[dot + name] = self.read(alias)
+        missing = [dot + name for name, _ in module.named_parameters() if dot + name not in found]
+        if missing:
+            raise CheckpointError(f"{self.folder}: no weights for {', '.join(missing[:5])} ({len(missing)} in all)")
+        return found
+
+    def _stored_alias(self, parameter: Tensor) -> str | None:
+        """Returns the key under which a tied parameter is stored."""
+        tied = {name for name, p in self.model.named_parameters(remove_duplicate=False) if p is parameter}
+        return next((key for key, name in self._names.items() if name in tied), None)
+
+    def _read_converted(self, prefix: str) -> dict[str, Tensor]:
+        """Returns tensors that Transformers makes of several stored ones (fused experts), through its own loader."""
+        wanted = _below(prefix)
+        keys = [key for key, target in self._converted.items() if wanted(target)]
+        if not keys:
+            return {}
+        from transformers.core_model_loading import convert_and_load_state_dict_in_model
+        from transformers.modeling_utils import LoadStateDictConfig
+
+        mapping = sum(_conversions(self.model), [])
+        config = LoadStateDictConfig(device_map={"": "cpu"}, weight_mapping=mapping)
+        convert_and_load_state_dict_in_model(self.model, {key: self.read(key) for key in keys}, config)
+        loaded = {name: p.detach() for name, p in self.model.named_parameters() if wanted(name) and not p.is_meta}
+        self.model.get_submodule(prefix).to("meta")
+        return loaded
+
+    def _handle(self, key: str) -> Any:
+        file = self.files[key]
+        if file not in self._open:
+            assert self.folder is not None
+            self._open[file] = _open_file(self.folder / file)
+        return self._open[file]
+
+
+class ModuleSource:
+    """A model in memory. Its tensors are handed out as they are; nobody changes them in place."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.folder: Path | None = None
+        self._stored, self._names = _stored_state(model)
+
+    def keys(self) -> dict[str, str | None]:
+        """Returns checkpoint key -> parameter name within the model, or None."""
+        return self._names
+
+    def read(self, key: str) -> Tensor:
+        """Returns the tensor that is stored under a checkpoint key."""
+        return self._stored[key]
+
+    def tensors(self, prefix: str) -> dict[str, Tensor]:
+        """Returns parameters and buffers below a module, by full name within the model."""
+        module = self.model.get_submodule(prefix)
+        dot = prefix + "." if prefix else ""
+        named = [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
+        return {dot + name: tensor.detach() for name, tensor in named}
+
+
+class ShardWriter:
+    """Writes tensors into shards of bounded size as they come, then the index.
+
+    Args:
+        folder: made if it is not there.
+        max_shard_bytes: a shard is closed before it would grow past this.
+    """
+
+    def __init__(self, folder: Path, max_shard_bytes: int) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.folder = folder
+        self.max_shard_bytes = max_shard_bytes
+        self._pending: dict[str, Tensor] = {}
+        self._pending_bytes = 0
+        self._shards: list[list[str]] = []
+        self._total = 0
+
+    def add(self, key: str, tensor: Tensor) -> None:
+        """Queues one tensor; full shards go to disk at once."""
+        size = tensor.numel() * tensor.element_size()
+        if self._pending and self._pending_bytes + size > self.max_shard_bytes:
+            self._flush()
+        self._pending[key] = tensor.detach().cpu().contiguous()
+        self._pending_bytes += size
+        self._total += size
+
+    def close(self) -> None:
+        """Writes what is pending, names the shards and writes the index when there are several."""
+        self._flush()
+        count = len(self._shards)
+        weight_map = {}
+        for number, keys in enumerate(self._shards, 1):
+            name = "model.safetensors" if count == 1 else f"model-{number:05d}-of-{count:05d}.safetensors"
+            (self.folder / self._part(number)).rename(self.folder / name)
+            weight_map.update(dict.fromkeys(keys, name))
+        if count > 1:
+            index = {"metadata": {"total_size": self._total}, "weight_map": dict(sorted(weight_map.items()))}
+            (self.folder / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+    def _flush(self) -> None:
+        if not self._pending:
+            return
+        self._shards.append(list(self._pending))
+        save_file(self._pending, str(self.folder / self._part(len(self._shards))), metadata={"format": "pt"})
+        self._pending, self._pending_bytes = {}, 0
+
+    @staticmethod
+    def _part(number: int) -> str:
+        return f".part-{number:05d}.safetensors"
+
+
+def copy_side_files(source: Path, target: Path) -> None:
+    """Copies every file of a checkpoint folder that holds no weights and no config of its own making.
+
+    Tokenizer, processor, chat template, generation config, custom code and licence all travel.
+    """
+    skipped = {"config.json", INDEX_NAME, PICKLED_INDEX_NAME, "quantization_config.json"}
+    for file in sorted(source.iterdir()):
+        if file.is_file() and file.name not in skipped and file.suffix not in WEIGHT_SUFFIXES:
+            if not file.name.startswith("."):
+                shutil.copyfile(file, target / file.name)
+
+
+def clear_weights(folder: Path) -> None:
+    """Removes weights of an earlier export, so that no stale shard is left beside new ones."""
+    for file in folder.glob("*.safetensors"):
+        file.unlink()
+    for file in folder.glob(".part-*.safetensors"):
+        file.unlink()
+    (folder / INDEX_NAME).unlink(missing_ok=True)
+
+
+def resolve_folder(model: str) -> Path:
+    """Returns the local folder of a model path or hub name (downloaded to the hub cache).
+
+    Raises:
+        ConfigError: no such folder, and the hub does not have it or cannot be reached.
+    """
+    folder = Path(model).expanduser()
+    if folder.is_dir():
+        return folder
+    if folder.is_absolute() or model.startswith(".") or model.count("/") != 1:
+        raise ConfigError(f"model '{model}': no such folder. Give a folder with config.json, or a hub name like org/name")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(model, ignore_patterns=["*.bin", "*.pth", "*.gguf", "*.onnx", "*.msgpack", "*.h5"]))
+    except Exception as error:  # the hub client raises many unrelated types
+        raise ConfigError(f"model '{model}': no such folder, and the hub did not give it ({error})") from error
+
+
+def meta_model(folder: Path, *, trust_remote_code: bool) -> nn.Module:
+    """Returns the model of a folder with weights on the meta device and real buffers.
+
+    Raises:
+        ConfigError: no config.json, or code in the folder that was not allowed to run.
+    """
+    from accelerate import init_empty_weights
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    if not (folder / "config.json").is_file():
+        raise ConfigError(f"{folder} has no config.json: it is no model folder")
+    stored = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    if stored.get("auto_map") and not trust_remote_code:
+        raise ConfigError(f"{folder} brings its own model code. Read it, then allow it with --trust_remote_code")
+    if stored.get("quantization_config"):
+        method = stored["quantization_config"].get("quant_method")
+        raise ConfigError(f"{folder} is quantized already ({method}). Give the original 16-bit model")
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    with init_empty_weights(include_buffers=False):
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    model.tie_weights()
+    return model.eval()
+
+
+def _weight_map(folder: Path) -> dict[str, str]:
+    """Returns checkpoint key -> file name, safetensors before pickled weights."""
+    for index_name, pattern in ((INDEX_NAME, "*.safetensors"), (PICKLED_INDEX_NAME, "pytorch_model*.bin")):
+        index = folder / index_name
+        if index.is_file():
+            weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+            absent = sorted({file for file in weight_map.values() if not (folder / file).is_file()})
+            if absent:
+                raise CheckpointError(f"{folder}: the index names files that are not there: {', '.join(absent)}")
+            return weight_map
+        files = sorted(folder.glob(pattern))
+        if files:
+            return {key: file.name for file in files for key in _open_file(file).keys()}
+    raise CheckpointError(f"{folder} holds no weights (*.safetensors or pytorch_model*.bin)")
+
+
+def _open_file(file: Path) -> Any:
+    """Returns a safetensors handle, or the dictionary of a pickled file, memory-mapped and loaded with weights_only.
+
+    Raises:
+        CheckpointError: the file is damaged, or a pickle with more in it than tensors.
+    """
+    try:
+        if file.suffix == ".safetensors":
+            return safe_open(file, framework="pt")
+        return dict(torch.load(file, map_location="cpu", weights_only=True, mmap=True))
+    except (SafetensorError, RuntimeError, pickle.UnpicklingError) as error:
+        raise CheckpointError(f"{file} cannot be read: {error}") from error
+
+
+def _below(prefix: str) -> Any:
+    dot = prefix + "."
+    return lambda name: not prefix or name.startswith(dot)
+
+
+def _conversions(model: nn.Module) -> tuple[list[Any], list[Any]]:
+    """Returns Transformers' renamings and converters between checkpoint and model names."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightRenaming
+
+    mapping = get_model_conversion_mapping(model)
+    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+    return renamings, [entry for entry in mapping if not isinstance(entry, WeightRenaming)]
+
+
+def _rename(
+    key: str, renamings: list[Any], converters: list[Any], model: nn.Module, meta: Mapping[str, Any]
+) -> tuple[str, str | None]:
+    from transformers.core_model_loading import rename_source_key
+
+    return rename_source_key(key, renamings, converters, model.base_model_prefix, dict(meta))
+
+
+def _stored_state(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str | None]]:
+    """Returns what save_pretrained would store, by checkpoint key, and the parameter name of each 1:1 entry."""
+    state = {name: tensor.detach() for name, tensor in model.state_dict(keep_vars=True).items()}
+    state = {name: state[name] for name in _untied(state)}
+    stored: Mapping[str, Tensor] = state
+    if hasattr(model, "save_pretrained"):
+        from transformers.core_model_loading import revert_weight_conversion
+
+        stored = revert_weight_conversion(model, dict(state))
+    names_by_id = {id(tensor): name for name, tensor in state.items()}
+    return dict(stored), {key: names_by_id.get(id(tensor)) for key, tensor in stored.items()}
+
+
+def _untied(state: Mapping[str, Tensor]) -> Iterator[str]:
+    """Yields the names of a state dict, each shared tensor once under the name of its first appearance."""
+    seen: set[tuple[int, torch.Size]] = set()
+    for name, tensor in state.items():
+        identity = (tensor.data_ptr(), tensor.shape)
+        if tensor.numel() and identity in seen and not tensor.is_meta:
+            continue
+        seen.add(identity)
+        yield name

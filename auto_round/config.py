@@ -1,0 +1,255 @@
+"""All options, as frozen dataclasses. Command line and API are both made from them.
+
+Each field names its help text and flags once (`option`). `RunConfig.from_options` sends flat keyword arguments to the
+dataclass that owns them; an unknown one is an error. Values are checked when a config is made; nothing is changed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from auto_round.errors import ConfigError, nearest
+from auto_round.schemes import QuantizationScheme, to_scheme
+
+
+def option(default: Any, text: str, *flags: str, off: str = "", kind: Any = None) -> Any:
+    """Declares a field with its command-line form.
+
+    Args:
+        text: one line of help.
+        flags: spellings besides `--<field name>`.
+        off: the flag that turns a boolean off, for those that are on by default.
+        kind: type of the value on the command line, if the default does not tell.
+    """
+    metadata = {"help": text, "flags": flags, "off": off, "kind": kind}
+    if isinstance(default, (dict, list)):
+        return dataclasses.field(default_factory=lambda: type(default)(default), metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class SchemeConfig:
+    """What becomes of the weights."""
+
+    scheme: str | Mapping[str, Any] | QuantizationScheme | None = option(
+        None, "named scheme such as W4A16, W2A16G64; single options below override its fields", kind=str
+    )
+    bits: int | None = option(None, "bits of a weight, 2 to 8 (default 4)", kind=int)
+    group_size: int | None = option(None, "weights that share a scale; -1: a whole row (default 128)", kind=int)
+    sym: bool | None = option(None, "symmetric codes (default)", off="--asym")
+    data_type: str | None = option(None, "data type of weights (default int)", "--dtype", kind=str)
+    scale_dtype: str | None = option(None, "precision of scales: fp16, bf16, fp32 (default fp16)", kind=str)
+    act_bits: int | None = option(None, "bits of activations; 16 leaves them alone", kind=int)
+    act_group_size: int | None = option(None, "group size of activations", kind=int)
+    act_sym: bool | None = option(None, "symmetric activations", kind=bool)
+    act_data_type: str | None = option(None, "data type of activations", "--act_dtype", kind=str)
+    act_dynamic: bool | None = option(None, "activation ranges computed at run time", off="--disable_act_dynamic")
+    super_bits: int | None = option(None, "bits of scales of scales", kind=int)
+    super_group_size: int | None = option(None, "scales that share a scale", kind=int)
+    layer_config: Mapping[str, Any] = option(
+        {}, "JSON object or file: layer name, substring, glob or re:regex -> scheme fields, preset name or bits", kind=dict
+    )
+    fp_layers: str = option("", "comma separated layers to keep in 16 bits (same patterns)", "--ignore_layers")
+    quant_lm_head: bool = option(False, "quantize lm_head too")
+    to_quant_block_names: str | None = option(
+        None, "comma separated block lists to quantize, e.g. model.layers (default: the decoder's)", kind=str
+    )
+
+    def base_scheme(self) -> QuantizationScheme:
+        """Returns the scheme of layers that nothing else is said of.
+
+        Raises:
+            ConfigError: a field is unknown or has a value that is not allowed.
+        """
+        base = to_scheme(self.scheme) if self.scheme is not None else QuantizationScheme()
+        names = [field.name for field in dataclasses.fields(QuantizationScheme)]
+        given = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        return base.replace(**given)
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class CalibConfig:
+    """The text that calibration sees."""
+
+    dataset: Any = option(
+        "NeelNanda/pile-10k", "local .json/.jsonl/.txt or named datasets: 'a.jsonl,NeelNanda/pile-10k:num=256'", kind=str
+    )
+    nsamples: int = option(128, "samples of calibration text", "--nsample")
+    seqlen: int = option(2048, "tokens of a sample", "--seq_len")
+
+    def __post_init__(self) -> None:
+        problems = [f"{name}={getattr(self, name)} (must be positive)" for name in ("nsamples", "seqlen")
+                    if getattr(self, name) < 1]
+        if problems:
+            raise ConfigError("; ".join(problems))
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class TuneConfig:
+    """How rounding and clip ranges are tuned."""
+
+    iters: int = option(200, "tuning steps for each block; 0: rounding only", "--iter")
+    lr: float | None = option(None, "step of the rounding offsets (default 1/iters)", kind=float)
+    minmax_lr: float | None = option(None, "step of the clip factors (default: lr)", kind=float)
+    lr_scheduler: str = option("linear", "decay of the step: linear, cosine, constant")
+    batch_size: int = option(8, "samples of a step, and of a forward pass", "--train_bs", "--bs")
+    gradient_accumulate_steps: int = option(1, "batches whose gradients make one step")
+    nblocks: int = option(1, "consecutive blocks tuned together")
+    enable_quanted_input: bool = option(
+        True, "tune a block on the outputs of the quantized blocks before it", off="--disable_quanted_input"
+    )
+    enable_minmax_tuning: bool = option(True, "tune clip ranges", off="--disable_minmax_tuning")
+    enable_norm_bias_tuning: bool = option(False, "tune norm weights and biases of blocks too")
+    enable_alg_ext: bool = option(False, "searched scales and curvature-corrected steps: better at 2 and 3 bits")
+    not_use_best_mse: bool = option(False, "keep the last step instead of the best one")
+    dynamic_max_gap: int = option(-1, "stop a block after this many steps without a better loss; -1: never")
+    disable_opt_rtn: bool = option(False, "with --iters 0: plain rounding, without the search for scales")
+    adam: bool = option(False, "AdamW instead of sign steps")
+    sampler: str = option("rand", "how samples are drawn: rand, epoch")
+    amp: bool = option(True, "run blocks in 16 bits on GPUs", off="--disable_amp")
+    enable_torch_compile: bool = option(False, "compile the step (falls back to eager)")
+    seed: int = option(42, "seed of sample choice and tuning")
+
+    def __post_init__(self) -> None:
+        problems = [f"{name}={getattr(self, name)} (must be positive)"
+                    for name in ("batch_size", "gradient_accumulate_steps", "nblocks") if getattr(self, name) < 1]
+        if self.iters < 0:
+            problems.append(f"iters={self.iters} (0 for rounding only, or a number of steps)")
+        problems += [f"{name}={getattr(self, name)} (must be positive)" for name in ("lr", "minmax_lr")
+                     if getattr(self, name) is not None and getattr(self, name) <= 0]
+        for name, allowed in (("lr_scheduler", ("linear", "cosine", "constant")), ("sampler", ("rand", "epoch"))):
+            if getattr(self, name) not in allowed:
+                problems.append(f"{name}={getattr(self, name)!r} (allowed: {', '.join(allowed)})")
+        if problems:
+            raise ConfigError("; ".join(problems))
+
+    @property
+    def rounding_step(self) -> float:
+        """First step of the rounding offsets, in units of the scale."""
+        return self.lr if self.lr is not None else 1.0 / max(self.iters, 1)
+
+    @property
+    def clip_step(self) -> float:
+        """First step of the clip factors."""
+        return self.minmax_lr if self.minmax_lr is not None else self.rounding_step
+
+    @property
+    def needs_calibration(self) -> bool:
+        """Whether any text is needed."""
+        return self.iters > 0 or not self.disable_opt_rtn
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class RunConfig:
+    """One run: from a model to folders on disk."""
+
+    model: Any = option(None, "model folder or hub name", "--model_name", "--model_name_or_path", kind=str)
+    format: str = option("auto_round", "export formats, comma separated", "--formats")
+    output_dir: str = option("./tmp_autoround", "folder for the result")
+    work_dir: str | None = option(None, "folder for finished blocks (kept; default: inside output_dir)", kind=str)
+    resume: bool = option(False, "continue a run that was interrupted")
+    device: str = option("auto", "auto, cpu, cuda, cuda:1, xpu ...", "--devices", "--device_map")
+    low_gpu_mem_usage: bool = option(False, "keep calibration activations in host memory")
+    model_dtype: str | None = option(None, "precision that 16-bit tensors are written in: bf16, fp16, fp32", kind=str)
+    max_shard_size: str = option("5GB", "largest size of a file of weights")
+    trust_remote_code: bool = option(False, "run model code that comes with the checkpoint")
+    scheme: SchemeConfig = dataclasses.field(default_factory=SchemeConfig)
+    calib: CalibConfig = dataclasses.field(default_factory=CalibConfig)
+    tune: TuneConfig = dataclasses.field(default_factory=TuneConfig)
+
+    def __post_init__(self) -> None:
+        parse_size(self.max_shard_size)
+        if self.model_dtype is not None and self.model_dtype not in MODEL_DTYPES:
+            raise ConfigError(f"model_dtype={self.model_dtype!r} (allowed: {', '.join(MODEL_DTYPES)})")
+
+    @classmethod
+    def from_options(cls, **options: Any) -> RunConfig:
+        """Returns the config for flat keyword arguments, each sent to the dataclass that owns it.
+
+        Raises:
+            ConfigError: an unknown option (with the nearest valid one), or a value that is not allowed.
+        """
+        own = {f.name for f in dataclasses.fields(cls)} - set(PARTS)
+        owners = {f.name: part for part, kind in PARTS.items() for f in dataclasses.fields(kind)}
+        unknown = [name for name in options if name not in own and name not in owners]
+        if unknown:
+            known = sorted(own | set(owners))
+            raise ConfigError("; ".join(f"unknown option '{name}'.{nearest(name, known)}" for name in unknown))
+        parts: dict[str, dict[str, Any]] = {part: {} for part in PARTS}
+        for name, value in options.items():
+            if name in owners:
+                parts[owners[name]][name] = value
+        rest = {name: value for name, value in options.items() if name not in owners}
+        return cls(**rest, **{part: kind(**parts[part]) for part, kind in PARTS.items()})
+
+
+PARTS: dict[str, type] = {"scheme": SchemeConfig, "calib": CalibConfig, "tune": TuneConfig}
+MODEL_DTYPES = {"bf16": "bfloat16", "bfloat16": "bfloat16", "fp16": "float16", "float16": "float16"}
+MODEL_DTYPES |= {"fp32": "float32", "float32": "float32"}
+
+# Name of a recipe -> the options it changes. "best" and "light" are those of the mission document.
+RECIPES: dict[str, dict[str, Any]] = {
+    "default": {},
+    "best": {"iters": 1000, "nsamples": 512, "low_gpu_mem_usage": True},
+    "light": {"iters": 50, "lr": 5e-3},
+}
+
+
+def parse_size(text: str) -> int:
+    """Returns bytes for "5GB", "300MB" or a plain number.
+
+    Raises:
+        ConfigError: it is no size.
+    """
+    units = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+    cleaned = text.strip().upper()
+    for unit in sorted(units, key=len, reverse=True):
+        if cleaned.endswith(unit):
+            number, factor = cleaned.removesuffix(unit), units[unit]
+            break
+    else:
+        number, factor = cleaned, 1
+    try:
+        size = int(float(number) * factor)
+    except ValueError:
+        raise ConfigError(f"'{text}' is no size. Write for example 5GB or 300MB") from None
+    if size <= 0:
+        raise ConfigError(f"'{text}' must be larger than 0")
+    return size
+
+
+def parse_formats(text: str | Sequence[str]) -> tuple[str, ...]:
+    """Returns the export formats of a comma separated list, in order, without repeats."""
+    names = text.split(",") if isinstance(text, str) else list(text)
+    cleaned = [name.strip().lower() for name in names if name.strip()]
+    if not cleaned:
+        raise ConfigError("no export format given. Write for example --format auto_round")
+    return tuple(dict.fromkeys(cleaned))
+
+
+def parse_layer_config(value: str | Mapping[str, Any]) -> Mapping[str, Any]:
+    """Returns a layer_config from a mapping, JSON text, or the path of a JSON file.
+
+    Raises:
+        ConfigError: it is none of these.
+    """
+    import json
+
+    if isinstance(value, Mapping):
+        return value
+    text = value
+    if not value.lstrip().startswith("{"):
+        path = Path(value)
+        if not path.is_file():
+            raise ConfigError(f"layer_config '{value}' is neither a JSON object nor a file")
+        text = path.read_text(encoding="utf-8")
+    try:
+        parsed = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"layer_config is not valid JSON: {error}") from None
+    if not isinstance(parsed, dict):
+        raise ConfigError("layer_config must be a JSON object: {\"layer or pattern\": {\"bits\": 8}}")
+    return parsed

@@ -1,0 +1,83 @@
+"""A data type says how the numbers of a weight are chosen and encoded. Pure functions of tensors.
+
+Tuning sees a weight as W_hat = decode(encode(W + rounding; range, clip)). `range` is fixed while a block is tuned; the
+trainable parameters are the rounding offset V, one per weight in units of the scale, and clip factors, one or two per
+group. `fake_quantize` is differentiable in them through the straight-through estimator.
+
+Shape letters as in tensors.py: O out features, I in features, G groups of a row, K group size.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from auto_round.registry import Registry
+from auto_round.schemes import QuantizationScheme
+from auto_round.tensors import QuantizedTensor
+
+Range = Mapping[str, Tensor]
+Params = Mapping[str, Tensor]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class RoundingState:
+    """Where each weight stands on the grid, for steps that look at more than the straight-through gradient.
+
+    Attributes:
+        scale: (O, G, K or 1) float32 step of the grid, in units of the weight.
+        residual: (O, G, K) latent value minus its rounded value, in units of the scale; in [-0.5, 0.5].
+        in_range: (O, G, K) bool, whether rounding did not hit an end of the grid.
+    """
+
+    scale: Tensor
+    residual: Tensor
+    in_range: Tensor
+
+
+class DataType(Protocol):
+    """One way to represent weights. Registered in DATA_TYPES under the scheme's `data_type`."""
+
+    name: str
+
+    def minmax_range(self, weight_OI: Tensor, scheme: QuantizationScheme) -> Range:
+        """Returns the range that covers every weight of its group: plain round-to-nearest."""
+        ...
+
+    def search_range(self, weight_OI: Tensor, scheme: QuantizationScheme, importance_I: Tensor | None) -> Range:
+        """Returns the range with the least squared error, each input channel weighted by `importance_I` (I,)."""
+        ...
+
+    def trainable(self, weight_OI: Tensor, scheme: QuantizationScheme) -> dict[str, Tensor]:
+        """Returns fresh float32 parameters: `rounding` zeros and clip factors of one."""
+        ...
+
+    def fake_quantize(self, weight_OI: Tensor, scheme: QuantizationScheme, range_: Range, params: Params) -> Tensor:
+        """Returns (O, I) float32 dequantized weights, differentiable in `params`."""
+        ...
+
+    def rounding_state(self, weight_OI: Tensor, scheme: QuantizationScheme, range_: Range, params: Params) -> RoundingState:
+        """Returns where each weight stands between the levels of the grid."""
+        ...
+
+    def encode(self, weight_OI: Tensor, scheme: QuantizationScheme, range_: Range, params: Params) -> QuantizedTensor:
+        """Returns the codes, scales and zero points that `fake_quantize` stands for, exactly."""
+        ...
+
+
+DATA_TYPES: Registry[DataType] = Registry("data type")
+
+
+def round_ste(x: Tensor) -> Tensor:
+    """Rounds to the nearest integer, ties to even; the gradient passes unchanged."""
+    return x + (x.round() - x).detach()
+
+
+def cast_ste(x: Tensor, dtype_name: str) -> Tensor:
+    """Rounds float32 values to what `dtype_name` can hold; the gradient passes unchanged."""
+    dtype = getattr(torch, dtype_name)
+    return x if dtype == torch.float32 else x + (x.to(dtype).float() - x).detach()

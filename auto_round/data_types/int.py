@@ -1,0 +1,114 @@
+"""Integers of 2 to 8 bits, symmetric over the full range or asymmetric.
+
+Symmetric: the side of a group with the larger magnitude is mapped to code 0, i.e. to -2**(bits-1), which has one level
+more than the other side. The scale is therefore signed: scale = extreme / -2**(bits-1), zero point 2**(bits-1).
+Asymmetric: scale = (high - low) / (2**bits - 1), zero point = round(-low / scale), kept in [1, 2**bits - 1] because the
+GPTQ layout stores zero point - 1 and serving engines read it so; only a group without negative weights notices.
+
+W_hat = scale * (clamp(round(W / scale + V) + zero, 0, 2**bits - 1) - zero), everything in float32, scales rounded to the
+scheme's scale dtype. Source: SignRound, arXiv 2309.05516, equations 2-4.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from auto_round.data_types.base import DATA_TYPES, Params, Range, RoundingState, cast_ste, round_ste
+from auto_round.data_types.int_search import search_asymmetric, search_symmetric
+from auto_round.schemes import QuantizationScheme
+from auto_round.tensors import QuantizedTensor, from_groups, to_groups
+
+# Smallest magnitude of a scale: float16 keeps about 7 significant bits there. A group of zeros gets this scale.
+MIN_SCALE = {"float16": 1e-5, "bfloat16": 1e-8, "float32": 1e-8}
+MIN_ZERO_POINT = 1
+
+
+class IntDataType:
+    """The data type "int". Stateless."""
+
+    name = "int"
+
+    def minmax_range(self, weight_OI: Tensor, scheme: QuantizationScheme) -> Range:
+        """Returns {"scale"} (symmetric) or {"low", "high"} (asymmetric), each (O, G, 1) float32."""
+        grouped = to_groups(weight_OI.float(), scheme.group_size)
+        low = grouped.amin(-1, keepdim=True).clamp(max=0)
+        high = grouped.amax(-1, keepdim=True).clamp(min=0)
+        if scheme.group_size == 0:
+            low, high = low.amin().expand_as(low).clone(), high.amax().expand_as(high).clone()
+        if not scheme.sym:
+            return {"low": low, "high": high}
+        extreme = torch.where(high < -low, low, high)
+        return {"scale": _away_from_zero(extreme / -(2.0 ** (scheme.bits - 1)), scheme)}
+
+    def search_range(self, weight_OI: Tensor, scheme: QuantizationScheme, importance_I: Tensor | None) -> Range:
+        """Returns the range of least weighted squared error; `importance_I` None weighs all channels alike.
+
+        One scale per tensor (group_size 0) has no search: its range is `minmax_range`.
+        """
+        start = self.minmax_range(weight_OI, scheme)
+        if scheme.group_size == 0:
+            return start
+        grouped = to_groups(weight_OI.float(), scheme.group_size)
+        if importance_I is None:
+            importance_I = weight_OI.new_ones(weight_OI.shape[1], dtype=torch.float32)
+        importance = to_groups(importance_I.float()[None], scheme.group_size)
+        if scheme.sym:
+            scale = search_symmetric(grouped, importance, scheme, start["scale"])
+            return {"scale": _away_from_zero(scale, scheme)}
+        scale, zero = search_asymmetric(grouped, importance, scheme, start["low"], start["high"], MIN_ZERO_POINT)
+        return {"low": -zero * scale, "high": (2**scheme.bits - 1 - zero) * scale}
+
+    def trainable(self, weight_OI: Tensor, scheme: QuantizationScheme) -> dict[str, Tensor]:
+        """Returns rounding (O, G, K) zeros and max_scale (and min_scale when asymmetric) (O, G, 1) ones, float32."""
+        grouped = to_groups(weight_OI.float(), scheme.group_size)
+        clip_shape = (1, 1, 1) if scheme.group_size == 0 else (*grouped.shape[:2], 1)
+        params = {"rounding": torch.zeros_like(grouped), "max_scale": grouped.new_ones(clip_shape)}
+        if not scheme.sym:
+            params["min_scale"] = grouped.new_ones(clip_shape)
+        return params
+
+    def fake_quantize(self, weight_OI: Tensor, scheme: QuantizationScheme, range_: Range, params: Params) -> Tensor:
+        """Returns (O, I) float32, differentiable in `params` through the straight-through estimator."""
+        scale, zero = _scale_and_zero(scheme, range_, params)
+        latent = to_groups(weight_OI.float(), scheme.group_size) / scale + params["rounding"]
+        codes = torch.clamp(round_ste(latent) + zero, 0, 2**scheme.bits - 1)
+        return from_groups(scale * (codes - zero), weight_OI.shape[1])
+
+    @torch.no_grad()
+    def rounding_state(self, weight_OI: Tensor, scheme: QuantizationScheme, range_: Range, params: Params) -> RoundingState:
+        """Returns scale (O, G, 1), residual and in_range (O, G, K)."""
+        scale, zero = _scale_and_zero(scheme, range_, params)
+        latent = to_groups(weight_OI.float(), scheme.group_size) / scale + params["rounding"]
+        nearest = latent.round()
+        codes = nearest + zero
+        return RoundingState(scale, latent - nearest, (codes >= 0) & (codes <= 2**scheme.bits - 1))
+
+    @torch.no_grad()
+    def encode(self, weight_OI: Tensor, scheme: QuantizationScheme, range_: Range, params: Params) -> QuantizedTensor:
+        """Returns codes and scales; `encode(...).dequantize()` equals `fake_quantize(...)` bit for bit."""
+        scale, zero = _scale_and_zero(scheme, range_, params)
+        latent = to_groups(weight_OI.float(), scheme.group_size) / scale + params["rounding"]
+        codes = torch.clamp(latent.round() + zero, 0, 2**scheme.bits - 1).to(torch.uint8)
+        zero_OG = None if scheme.sym else zero.squeeze(-1).to(torch.uint8)
+        return QuantizedTensor(from_groups(codes, weight_OI.shape[1]).contiguous(), scale.squeeze(-1), zero_OG, scheme)
+
+
+def _away_from_zero(scale: Tensor, scheme: QuantizationScheme) -> Tensor:
+    floor = MIN_SCALE[scheme.scale_dtype]
+    return torch.where(scale < 0, scale.clamp(max=-floor), scale.clamp(min=floor))
+
+
+def _scale_and_zero(scheme: QuantizationScheme, range_: Range, params: Params) -> tuple[Tensor, Tensor]:
+    """Returns scale and zero point, (O, G, 1) float32 each, on the exact grid that is stored."""
+    if scheme.sym:
+        scale = _away_from_zero(cast_ste(range_["scale"] * params["max_scale"], scheme.scale_dtype), scheme)
+        return scale, torch.full_like(scale, 2 ** (scheme.bits - 1))
+    top = 2**scheme.bits - 1
+    low, high = range_["low"] * params["min_scale"], range_["high"] * params["max_scale"]
+    scale = cast_ste((high - low) / top, scheme.scale_dtype).clamp(min=MIN_SCALE[scheme.scale_dtype])
+    zero = torch.clamp(round_ste(-low / scale), MIN_ZERO_POINT, top)
+    return scale, zero
+
+
+DATA_TYPES.register("int")(IntDataType())

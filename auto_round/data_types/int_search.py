@@ -1,0 +1,119 @@
+"""Scale (and zero point) of least weighted squared error for integer grids.
+
+For given codes q the best scale has a closed form, s = sum(w q x) / sum(w q q), and so has the error it leaves. So each
+candidate on a grid of ratios of the min-max scale is rounded once and judged at its refitted scale; the winner is then
+refined by rounding and refitting in turn. Both signs of a symmetric scale are tried, because the side with one level
+more need not be the side of the largest weight. See docs/algorithms.md.
+
+Shapes: grouped (O, G, K), importance (1, G, K), scales (O, G, 1); all float32.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from auto_round.data_types.base import cast_ste
+from auto_round.schemes import QuantizationScheme
+
+SYMMETRIC_RATIOS = tuple(0.3 + 0.025 * step for step in range(41))
+ASYMMETRIC_RATIOS = tuple(0.4 + 0.05 * step for step in range(15))
+REFINE_ROUNDS = 2
+# Rows are searched in pieces whose float32 intermediates stay near this size; more only adds cache misses.
+CHUNK_ELEMENTS = 1 << 22
+
+
+def search_symmetric(grouped: Tensor, importance: Tensor, scheme: QuantizationScheme, start: Tensor) -> Tensor:
+    """Returns (O, G, 1) signed scales.
+
+    Args:
+        start: (O, G, 1) the min-max scale; it is among the candidates.
+    """
+    pieces = _row_pieces(grouped)
+    return torch.cat([_search_symmetric(grouped[rows], importance, scheme, start[rows]) for rows in pieces])
+
+
+def search_asymmetric(
+    grouped: Tensor, importance: Tensor, scheme: QuantizationScheme, low: Tensor, high: Tensor, min_zero: int
+) -> tuple[Tensor, Tensor]:
+    """Returns (O, G, 1) positive scales and (O, G, 1) zero points in [min_zero, 2**bits - 1]."""
+    pieces = _row_pieces(grouped)
+    found = [_search_asymmetric(grouped[r], importance, scheme, low[r], high[r], min_zero) for r in pieces]
+    return torch.cat([scale for scale, _ in found]), torch.cat([zero for _, zero in found])
+
+
+def _row_pieces(grouped: Tensor) -> list[slice]:
+    rows = max(1, CHUNK_ELEMENTS // (grouped.shape[1] * grouped.shape[2]))
+    return [slice(start, start + rows) for start in range(0, grouped.shape[0], rows)]
+
+
+def _refit(x: Tensor, importance: Tensor, levels: Tensor, scale: Tensor, scheme: QuantizationScheme) -> tuple[Tensor, Tensor]:
+    """Returns the least-squares scale for fixed levels (codes - zero), as it is stored, and its weighted error."""
+    weighted = importance * levels
+    denominator = (weighted * levels).sum(-1, keepdim=True)
+    refitted = (weighted * x).sum(-1, keepdim=True) / denominator.clamp(min=1e-30)
+    usable = (denominator > 0) & (refitted * scale > 0)
+    refitted = cast_ste(torch.where(usable, refitted, scale), scheme.scale_dtype)
+    return refitted, _error(x, importance, levels, refitted)
+
+
+def _error(x: Tensor, importance: Tensor, levels: Tensor, scale: Tensor) -> Tensor:
+    return (importance * (scale * levels - x).square()).sum(-1, keepdim=True)
+
+
+def _search_symmetric(x: Tensor, importance: Tensor, scheme: QuantizationScheme, start: Tensor) -> Tensor:
+    half = 2 ** (scheme.bits - 1)
+
+    def levels_for(scale: Tensor) -> Tensor:
+        return (x / scale).round().clamp(-half, half - 1)
+
+    best = start
+    best_error = _error(x, importance, levels_for(start), start)
+    for ratio in SYMMETRIC_RATIOS:
+        for sign in (1.0, -1.0):
+            candidate = start * (sign * ratio)
+            scale, error = _refit(x, importance, levels_for(candidate), candidate, scheme)
+            best, best_error = _keep_better(best, best_error, scale, error)
+    for _ in range(REFINE_ROUNDS):
+        scale, error = _refit(x, importance, levels_for(best), best, scheme)
+        best, best_error = _keep_better(best, best_error, scale, error)
+    return best
+
+
+def _search_asymmetric(
+    x: Tensor, importance: Tensor, scheme: QuantizationScheme, low: Tensor, high: Tensor, min_zero: int
+) -> tuple[Tensor, Tensor]:
+    top = 2**scheme.bits - 1
+    floor = torch.finfo(torch.float32).tiny
+
+    def levels_for(scale: Tensor, zero: Tensor) -> Tensor:
+        return ((x / scale).round() + zero).clamp(0, top) - zero
+
+    best_scale = ((high - low) / top).clamp(min=1e-5)
+    best_zero = (-low / best_scale).round().clamp(min_zero, top)
+    best_error = _error(x, importance, levels_for(best_scale, best_zero), best_scale)
+    start_scale = best_scale
+    for ratio in ASYMMETRIC_RATIOS:
+        candidate = start_scale * ratio
+        center = (-low * min(ratio, 1.0) / candidate.clamp(min=floor)).round()
+        for zero in _zero_candidates(center, top, min_zero, scheme.bits):
+            levels = levels_for(candidate, zero)
+            scale, error = _refit(x, importance, levels, candidate, scheme)
+            best_zero = torch.where(error < best_error, zero, best_zero)
+            best_scale, best_error = _keep_better(best_scale, best_error, scale, error)
+    for _ in range(REFINE_ROUNDS):
+        scale, error = _refit(x, importance, levels_for(best_scale, best_zero), best_scale, scheme)
+        best_scale, best_error = _keep_better(best_scale, best_error, scale, error)
+    return best_scale, best_zero
+
+
+def _zero_candidates(center: Tensor, top: int, min_zero: int, bits: int) -> list[Tensor]:
+    """Returns every zero point for up to 3 bits, else those within 2 of the range's own."""
+    if bits <= 3:
+        return [torch.full_like(center, zero) for zero in range(min_zero, top + 1)]
+    return [(center + offset).clamp(min_zero, top) for offset in (-2, -1, 0, 1, 2)]
+
+
+def _keep_better(best: Tensor, best_error: Tensor, scale: Tensor, error: Tensor) -> tuple[Tensor, Tensor]:
+    better = error < best_error
+    return torch.where(better, scale, best), torch.where(better, error, best_error)

@@ -1,0 +1,79 @@
+"""Perplexity on a text, built in; task scores through lm-eval, an optional package."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from auto_round.errors import CalibrationError, ConfigError, require
+
+DEFAULT_TASKS = (
+    "lambada_openai,hellaswag,winogrande,piqa,mmlu,wikitext,truthfulqa_mc1,openbookqa,boolq,arc_easy,arc_challenge"
+)
+
+
+def text_windows(file: str | Path, tokenizer: Any, *, seqlen: int, max_tokens: int | None = None) -> Tensor:
+    """Returns (N, seqlen) token ids: the file tokenized as one string, cut into windows, the rest dropped.
+
+    Args:
+        max_tokens: use no more than the first so many tokens.
+    Raises:
+        ConfigError: no such file. CalibrationError: fewer tokens than one window.
+    """
+    path = Path(file)
+    if not path.is_file():
+        raise ConfigError(f"no text file '{file}' to measure perplexity on")
+    ids = torch.tensor(tokenizer(path.read_text(encoding="utf-8"), verbose=False).input_ids)[:max_tokens]
+    count = ids.numel() // seqlen
+    if count == 0:
+        raise CalibrationError(f"{file} has {ids.numel()} tokens, fewer than one window of {seqlen}. Lower --ppl_seqlen")
+    return ids[: count * seqlen].view(count, seqlen)
+
+
+@torch.no_grad()
+def perplexity(model: Any, windows_NT: Tensor, *, batch_size: int = 8) -> float:
+    """Returns exp of the mean negative log-likelihood of every token of each window but its first."""
+    device = next(model.parameters()).device
+    total = 0.0
+    for batch in windows_NT.split(batch_size):
+        logits = model(batch.to(device), use_cache=False).logits[:, :-1].float()
+        wanted = batch[:, 1:].to(device)
+        total += float(torch.nn.functional.cross_entropy(logits.flatten(0, 1), wanted.flatten(), reduction="sum"))
+    return math.exp(total / (windows_NT.shape[0] * (windows_NT.shape[1] - 1)))
+
+
+def load_for_evaluation(model: str | Path, *, device: str = "auto", dtype: str = "auto", trust_remote_code: bool = False) -> Any:
+    """Returns a model folder loaded through Transformers, on the GPU if there is one."""
+    from transformers import AutoModelForCausalLM
+
+    where = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    loaded = AutoModelForCausalLM.from_pretrained(model, dtype=dtype, device_map=where, trust_remote_code=trust_remote_code)
+    return loaded.eval()
+
+
+def perplexity_of_folder(
+    model: str | Path, file: str | Path, *, seqlen: int, max_tokens: int | None = None, device: str = "auto", dtype: str = "auto"
+) -> float:
+    """Returns the perplexity of a model folder, 16-bit or quantized, on a text file."""
+    from transformers import AutoTokenizer
+
+    windows = text_windows(file, AutoTokenizer.from_pretrained(model), seqlen=seqlen, max_tokens=max_tokens)
+    return perplexity(load_for_evaluation(model, device=device, dtype=dtype), windows)
+
+
+def task_scores(model: str | Path, tasks: str = DEFAULT_TASKS, *, batch_size: int | str = 8, device: str = "auto") -> dict[str, Any]:
+    """Returns lm-eval's results for a model folder.
+
+    Raises:
+        MissingDependencyError: lm-eval is not installed.
+    """
+    require("lm_eval", needed_for="--tasks", install="auto-round[eval]")
+    from lm_eval import simple_evaluate
+    from lm_eval.models.huggingface import HFLM
+
+    wrapped = HFLM(pretrained=load_for_evaluation(model, device=device), tokenizer=str(model), batch_size=batch_size)
+    return dict(simple_evaluate(model=wrapped, tasks=tasks.split(","))["results"])

@@ -1,0 +1,134 @@
+"""Writes one checkpoint: packed weights from the store, everything else from the source, then configs and side files.
+
+Reads block by block and writes shards as they fill, so memory stays at one shard whatever the model's size.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from auto_round.checkpoint import ShardWriter, WeightSource, clear_weights, copy_side_files
+from auto_round.config import MODEL_DTYPES, RunConfig, parse_size
+from auto_round.formats.base import Exporter
+from auto_round.plan import Plan
+from auto_round.store import RunStore
+from auto_round.tensors import BlockResult, QuantizedTensor
+
+HEAD_BLOCK = "outside_blocks"
+
+
+def export(
+    exporter: Exporter, folder: Path, plan: Plan, source: WeightSource, store: RunStore, config: RunConfig, tokenizer: Any
+) -> None:
+    """Writes the checkpoint of one format.
+
+    Args:
+        folder: made if need be; weights of an earlier export in it are removed first.
+        tokenizer: saved beside the model when the source is no folder; may be None.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    clear_weights(folder)
+    dtype = getattr(torch, MODEL_DTYPES[config.model_dtype]) if config.model_dtype else None
+    writer = ShardWriter(folder, parse_size(config.max_shard_size))
+    owner = _owners(plan)
+    keys = source.keys()
+    by_block: dict[str, list[str]] = {}
+    for key, name in keys.items():
+        by_block.setdefault(owner(name), []).append(key)
+    for block, block_keys in by_block.items():
+        result = store.load(block) if block and store.has(block) else BlockResult({})
+        for key in block_keys:
+            for stored_key, tensor in _exported(exporter, plan, key, keys[key], source, result).items():
+                keep = dtype is None or not tensor.is_floating_point() or stored_key.endswith(".scales")
+                writer.add(stored_key, tensor if keep else tensor.to(dtype))
+    for key, tensor in _untied_head(exporter, plan, keys, store).items():
+        writer.add(key, tensor)
+    writer.close()
+    _write_configs(exporter, folder, plan, source, config)
+    if source.folder is not None:
+        copy_side_files(source.folder, folder)
+    else:
+        _save_side_files(source.model, tokenizer, folder)
+
+
+def _owners(plan: Plan) -> Any:
+    """Returns a function from parameter name to the name its results are stored under ("" for none)."""
+    block_of = {name: group[0] for group in plan.groups for name in group}
+    outside = plan.outside()
+
+    def owner(name: str | None) -> str:
+        if name in outside:
+            return HEAD_BLOCK
+        parts = (name or "").split(".")
+        prefixes = (".".join(parts[:length]) for length in range(len(parts), 0, -1))
+        return next((block_of[prefix] for prefix in prefixes if prefix in block_of), "")
+
+    return owner
+
+
+def _exported(
+    exporter: Exporter, plan: Plan, key: str, name: str | None, source: WeightSource, result: BlockResult
+) -> dict[str, Tensor]:
+    """Returns what is written in place of one stored tensor."""
+    weight = result.weights.get(name or "")
+    if weight is None:
+        return {key: result.plain[name] if name in result.plain else source.read(key)}
+    original = source.read(key)
+    transposed = next(e.layer.transposed for e in plan.entries if e.layer.parameter == name)
+    return _packed(exporter, plan, key.removesuffix(".weight"), weight, original.dtype, transposed)
+
+
+def _packed(
+    exporter: Exporter, plan: Plan, layer: str, weight: QuantizedTensor, dtype: torch.dtype, transposed: bool
+) -> dict[str, Tensor]:
+    layout = exporter.layout_for(weight.scheme, plan)
+    if layout is None:
+        dense = weight.dequantize(dtype)
+        return {f"{layer}.weight": dense.t().contiguous() if transposed else dense}
+    return {f"{layer}.{local}": tensor for local, tensor in layout.pack(weight).items()}
+
+
+def _untied_head(exporter: Exporter, plan: Plan, keys: Mapping[str, str | None], store: RunStore) -> dict[str, Tensor]:
+    """Returns the tensors of a quantized output layer that the source does not store because it is tied."""
+    stored = {name for name in keys.values() if name is not None}
+    tensors: dict[str, Tensor] = {}
+    for name, entry in plan.outside().items():
+        if name not in stored:
+            weight = store.load(HEAD_BLOCK).weights[name]
+            tensors |= _packed(exporter, plan, entry.layer.name, weight, torch.bfloat16, entry.layer.transposed)
+    return tensors
+
+
+def _write_configs(exporter: Exporter, folder: Path, plan: Plan, source: WeightSource, config: RunConfig) -> None:
+    if source.folder is not None:
+        model_config = json.loads((source.folder / "config.json").read_text(encoding="utf-8"))
+    else:
+        model_config = json.loads(source.model.config.to_json_string(use_diff=True))
+        model_config.setdefault("architectures", [type(source.model).__name__])
+    if plan.outside() and plan.structure.tied_head:
+        for part in (model_config, model_config.get("text_config", {})):
+            part["tie_word_embeddings"] = False
+    if config.model_dtype is not None:
+        model_config["dtype"] = MODEL_DTYPES[config.model_dtype]
+    quantization = exporter.quantization_config(plan, config)
+    if quantization is not None:
+        model_config["quantization_config"] = quantization
+        _write_json(folder / "quantization_config.json", quantization)
+    _write_json(folder / "config.json", model_config)
+
+
+def _save_side_files(model: Any, tokenizer: Any, folder: Path) -> None:
+    if getattr(model, "generation_config", None) is not None:
+        model.generation_config.save_pretrained(folder)
+    if hasattr(tokenizer, "save_pretrained"):
+        tokenizer.save_pretrained(folder)
+
+
+def _write_json(file: Path, values: Mapping[str, Any]) -> None:
+    file.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

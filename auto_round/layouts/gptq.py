@@ -1,0 +1,79 @@
+"""The GPTQ layout: codes packed along the input dimension, two conventions for stored zero points.
+
+`gptq` stores zero_point - 1, as AutoGPTQ, vLLM and SGLang expect; `gptq_zp` stores zero points as they are (GPTQModel's
+"v2"). A zero point of 0 has no stored form in the first: the asymmetric integer grid here starts at 1 for that reason.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from auto_round.layouts.base import LAYOUTS
+from auto_round.layouts.bit_pack import pack_bits, packed_words, unpack_bits
+from auto_round.schemes import QuantizationScheme
+from auto_round.tensors import QuantizedTensor, group_count
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class GptqLayout:
+    """qweight int32 (I*bits/32, O), qzeros int32 (G, O*bits/32), scales (G, O) in the scheme's scale dtype.
+
+    Attributes:
+        zero_offset: subtracted from zero points before they are stored (1 for AutoGPTQ's convention).
+    """
+
+    name: str
+    zero_offset: int
+
+    def refuses(self, scheme: QuantizationScheme, shape: tuple[int, int]) -> str | None:  # noqa: ARG002
+        """Returns why a weight cannot be held, or None."""
+        if scheme.data_type != "int":
+            return f"data_type={scheme.data_type} (only int)"
+        if scheme.group_size == 0:
+            return "group_size=0, one scale per tensor (only groups, or -1 for one scale per row)"
+        return None
+
+    def specs(self, scheme: QuantizationScheme, shape: tuple[int, int]) -> dict[str, tuple[tuple[int, ...], str]]:
+        """Returns tensor name -> (shape, dtype name)."""
+        rows, width = shape
+        groups = group_count(width, scheme.group_size)
+        return {
+            "qweight": ((packed_words(width, scheme.bits), rows), "int32"),
+            "qzeros": ((groups, packed_words(rows, scheme.bits)), "int32"),
+            "scales": ((groups, rows), scheme.scale_dtype),
+        }
+
+    def pack(self, weight: QuantizedTensor) -> dict[str, Tensor]:
+        """Returns qweight, qzeros and scales.
+
+        Raises:
+            ValueError: a zero point below the layout's offset; it would wrap around to a wrong value.
+        """
+        bits = weight.scheme.bits
+        zeros_GO = weight.zero_points().t().to(torch.int16) - self.zero_offset
+        if int(zeros_GO.min()) < 0:
+            raise ValueError(f"layout {self.name} cannot store a zero point below {self.zero_offset}")
+        return {
+            "qweight": pack_bits(weight.codes, bits).t().contiguous(),
+            "qzeros": pack_bits(zeros_GO.to(torch.uint8).contiguous(), bits),
+            "scales": weight.scale.t().to(getattr(torch, weight.scheme.scale_dtype)).contiguous(),
+        }
+
+    def unpack(self, tensors: Mapping[str, Tensor], scheme: QuantizationScheme, shape: tuple[int, int]) -> QuantizedTensor:
+        """Returns the weight; a stored zero point of -1 (which wraps to 2**bits - 1) reads as 2**bits, as engines do."""
+        rows, width = shape
+        codes_OI = unpack_bits(tensors["qweight"].t().contiguous(), scheme.bits, width)
+        zero_OG = None
+        if not scheme.sym:
+            zeros_GO = unpack_bits(tensors["qzeros"], scheme.bits, rows)
+            zero_OG = (zeros_GO.to(torch.int16) + self.zero_offset).to(torch.int16).t().contiguous()
+            zero_OG = zero_OG.clamp(max=255).to(torch.uint8)
+        return QuantizedTensor(codes_OI, tensors["scales"].t().float().contiguous(), zero_OG, scheme)
+
+
+LAYOUTS.register("gptq")(GptqLayout("gptq", zero_offset=1))
+LAYOUTS.register("gptq_zp")(GptqLayout("gptq_zp", zero_offset=0))

@@ -1,0 +1,164 @@
+"""What a model looks like to quantization: its lists of blocks and its linear layers, found by structure.
+
+Works on any torch module, real or on the meta device. Knows nothing of schemes or files.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+from torch import nn
+
+from auto_round.errors import UnsupportedError
+from auto_round.registry import Registry
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class LinearInfo:
+    """One weight that a matrix product uses.
+
+    Attributes:
+        name: module name within the model.
+        shape: (out features, in features).
+        transposed: the parameter is stored (in, out), as in GPT-2's Conv1D.
+        block: index of the block it is in, or None.
+    """
+
+    name: str
+    shape: tuple[int, int]
+    transposed: bool
+    block: int | None
+
+    @property
+    def parameter(self) -> str:
+        """Name of its weight parameter."""
+        return f"{self.name}.weight"
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class ModelStructure:
+    """Blocks and linear layers of a model, in the order the model runs them.
+
+    Attributes:
+        blocks: names of the decoder layers, e.g. "model.layers.0".
+        linears: every linear layer of the model, inside blocks or not.
+        block_lists: names of the module lists that the blocks are in.
+        head: name of the output layer ("lm_head"), or None.
+        tied_head: the output layer shares its weight with the embedding.
+        other_weights: parameters of two and more dimensions that are no linear layer: name -> why they stay.
+    """
+
+    blocks: tuple[str, ...]
+    linears: tuple[LinearInfo, ...]
+    block_lists: tuple[str, ...]
+    head: str | None
+    tied_head: bool
+    other_weights: dict[str, str]
+
+
+class ModelFamily:
+    """How to find blocks. The default goes by structure; a family overrides what structure does not tell."""
+
+    def block_lists(self, model: nn.Module) -> list[str]:
+        """Returns the names of the module lists that hold the decoder's layers.
+
+        Raises:
+            UnsupportedError: no list of layers was found.
+        """
+        candidates = {}
+        for name, module in model.named_modules():
+            if isinstance(module, nn.ModuleList) and not any(name.startswith(found + ".") for found in candidates):
+                size = sum(p.numel() for p in module.parameters())
+                if any(is_linear(child) for child in module.modules()):
+                    candidates[name] = size
+        if not candidates:
+            raise UnsupportedError(
+                f"{type(model).__name__} has no list of layers with linear weights. Name it with --to_quant_block_names"
+            )
+        return [max(candidates, key=lambda name: candidates[name])]
+
+
+FAMILIES: Registry[ModelFamily] = Registry("model family")
+
+
+def family_of(model: nn.Module) -> ModelFamily:
+    """Returns the family registered for the model's `config.model_type`, or the default one."""
+    model_type = getattr(getattr(model, "config", None), "model_type", None)
+    return FAMILIES[model_type] if model_type in FAMILIES else ModelFamily()
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether a module is a plain linear layer, or GPT-2's transposed one."""
+    return isinstance(module, nn.Linear) or is_transposed(module)
+
+
+def is_transposed(module: nn.Module) -> bool:
+    """Whether a module is a linear layer with an (in, out) weight (Transformers' Conv1D)."""
+    return type(module).__name__ == "Conv1D" and getattr(module, "nf", None) is not None
+
+
+def discover(model: nn.Module, block_names: list[str] | None = None) -> ModelStructure:
+    """Returns the structure of a model.
+
+    Args:
+        block_names: names of module lists to take as the blocks, instead of those found.
+    Raises:
+        UnsupportedError: no blocks were found, or a given name is no list of layers.
+    """
+    lists = block_names or family_of(model).block_lists(model)
+    modules = dict(model.named_modules())
+    blocks: list[str] = []
+    for name in lists:
+        if not isinstance(modules.get(name), nn.ModuleList):
+            found = [n for n, m in modules.items() if isinstance(m, nn.ModuleList)]
+            raise UnsupportedError(f"'{name}' is no list of layers of {type(model).__name__}. Lists: {', '.join(found)}")
+        blocks += [f"{name}.{index}" for index in range(len(modules[name]))]
+    owner = {block: index for index, block in enumerate(blocks)}
+    linears = tuple(
+        LinearInfo(name, _linear_shape(module), is_transposed(module), _block_of(name, owner))
+        for name, module in modules.items()
+        if is_linear(module)
+    )
+    other = _other_weights(model, {linear.parameter for linear in linears}, owner)
+    return ModelStructure(tuple(blocks), linears, tuple(lists), head_name(model), has_tied_head(model), other)
+
+
+def _linear_shape(module: nn.Module) -> tuple[int, int]:
+    rows, columns = module.weight.shape  # type: ignore[misc,union-attr]
+    return (columns, rows) if is_transposed(module) else (rows, columns)
+
+
+def _block_of(name: str, owner: dict[str, int]) -> int | None:
+    parts = name.split(".")
+    for length in range(len(parts), 0, -1):
+        index = owner.get(".".join(parts[:length]))
+        if index is not None:
+            return index
+    return None
+
+
+def head_name(model: nn.Module) -> str | None:
+    """Returns the module name of the output layer, or None."""
+    get_head = getattr(model, "get_output_embeddings", None)
+    head = get_head() if callable(get_head) else None
+    return next((name for name, module in model.named_modules() if module is head), None) if head is not None else None
+
+
+def has_tied_head(model: nn.Module) -> bool:
+    """Whether the output layer shares its weight with the embedding."""
+    config = getattr(model, "config", None)
+    text_config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    return bool(head_name(model) and getattr(text_config, "tie_word_embeddings", False))
+
+
+def _other_weights(model: nn.Module, linear_parameters: set[str], owner: dict[str, int]) -> dict[str, str]:
+    reasons = {}
+    for name, parameter in model.named_parameters():
+        if parameter.ndim < 2 or name in linear_parameters:
+            continue
+        inside = _block_of(name, owner) is not None
+        reasons[name] = "not a linear layer" if inside else "embedding or other weight outside the blocks"
+        if parameter.ndim == 3 and inside:
+            reasons[name] = "fused experts are kept in 16 bits"
+    return reasons
+

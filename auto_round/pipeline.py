@@ -1,0 +1,378 @@
+"""The straight line of a run: read the structure, resolve the plan, quantize block by block, write every format.
+
+Both the command line and the API end here. State lives in the block stream (activations) and in the store (results).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import logging
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from auto_round import __version__, distributed
+from auto_round.blocks import Block, BlockStream
+from auto_round.calibration import CalibrationSet, load_calibration
+from auto_round.checkpoint import CheckpointSource, ModuleSource, WeightSource, resolve_folder
+from auto_round.config import RunConfig, parse_formats
+from auto_round.errors import ConfigError
+from auto_round.formats import FormatTarget, check, export, targets
+from auto_round.formats.export import HEAD_BLOCK
+from auto_round.models import discover
+from auto_round.plan import Plan, resolve
+from auto_round.store import RunStore
+from auto_round.tensors import BlockResult
+from auto_round.tuning import Tuner, TuningTask, round_plain, round_searched, tuner_for
+
+logger = logging.getLogger(__name__)
+
+WORK_FOLDER = ".auto_round_work"
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Session:
+    """What a run works on: its options, where weights come from, what becomes of them."""
+
+    config: RunConfig
+    source: WeightSource
+    tokenizer: Any
+    plan: Plan
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class RunResult:
+    """What a run gives.
+
+    Attributes:
+        folders: one per format.
+        summaries: block name -> losses, kept step and notes.
+        seconds: wall time of quantization, without export.
+    """
+
+    folders: tuple[Path, ...]
+    summaries: dict[str, dict[str, Any]]
+    seconds: float
+
+
+def open_session(config: RunConfig, *, tokenizer: Any = None) -> Session:
+    """Reads the model's structure and resolves the plan; no weights are read.
+
+    Args:
+        tokenizer: used instead of the one in the model's folder.
+    Raises:
+        ConfigError, UnsupportedError: everything that is wrong with the options, before any work.
+    """
+    if config.model is None:
+        raise ConfigError("no model given. Write --model FOLDER_OR_NAME")
+    source: WeightSource
+    if isinstance(config.model, (str, Path)):
+        folder = resolve_folder(str(config.model))
+        source = CheckpointSource(folder, trust_remote_code=config.trust_remote_code)
+        tokenizer = tokenizer if tokenizer is not None else _load_tokenizer(folder, config)
+    else:
+        source = ModuleSource(config.model)
+    names = config.scheme.to_quant_block_names
+    lists = [name.strip() for name in names.split(",")] if isinstance(names, str) else names
+    plan = resolve(discover(source.model, lists), config.scheme, nblocks=config.tune.nblocks)
+    return Session(_clip_seqlen(config, source.model, tokenizer), source, tokenizer, plan)
+
+
+def format_targets(session: Session) -> list[FormatTarget]:
+    """Returns the formats of a run and their folders, each checked against the plan."""
+    found = targets(parse_formats(session.config.format), Path(session.config.output_dir))
+    check(session.plan, [target.exporter for target in found])
+    return found
+
+
+def run(session: Session) -> RunResult:
+    """Quantizes and writes every format. The work folder is removed at the end unless it was named."""
+    config = session.config
+    wanted = format_targets(session)
+    work = Path(config.work_dir) if config.work_dir else Path(config.output_dir) / WORK_FOLDER
+    started = time.monotonic()
+    store = quantize(session, work)
+    seconds = time.monotonic() - started
+    summaries = {name: store.load(name).summary() for name in store.finished()}
+    if distributed.is_writer():
+        for target in wanted:
+            export(target.exporter, target.folder, session.plan, session.source, store, config, session.tokenizer)
+            logger.info("wrote %s to %s", target.exporter.name, target.folder)
+        if not config.work_dir:
+            store.remove()
+    distributed.barrier()
+    return RunResult(tuple(target.folder for target in wanted), summaries, seconds)
+
+
+def quantize(session: Session, work: Path) -> RunStore:
+    """Returns a store with a result for every block; blocks that an interrupted run finished are kept on `resume`."""
+    config, plan, source = session.config, session.plan, session.source
+    for adjustment in plan.adjustments:
+        logger.info("changed: %s", adjustment)
+    for warning in plan.warnings:
+        logger.warning("%s", warning)
+    data = None
+    if config.tune.needs_calibration:
+        calib = config.calib
+        data = load_calibration(
+            calib.dataset, session.tokenizer, nsamples=calib.nsamples, seqlen=calib.seqlen, seed=config.tune.seed
+        )
+    store = _open_store(work, session, data)
+    with _deterministic():
+        if data is None:
+            _round_everything(session, store)
+        else:
+            _tune_everything(session, store, data)
+    distributed.barrier()
+    assert all(store.has(group[0]) for group in plan.groups), source
+    return store
+
+
+def dequantized(store: RunStore, plan: Plan) -> Iterator[tuple[str, Tensor]]:
+    """Yields parameter name and float32 value of every weight that quantization changed, as the model stores it."""
+    transposed = {entry.layer.parameter for entry in plan.entries if entry.layer.transposed}
+    for block in store.finished():
+        result = store.load(block)
+        for name, weight in result.weights.items():
+            dense = weight.dequantize()
+            yield name, dense.t() if name in transposed else dense
+        yield from result.plain.items()
+
+
+def compute_device(config: RunConfig) -> torch.device:
+    """Returns the device that blocks run on.
+
+    Raises:
+        ConfigError: it does not exist here.
+    """
+    name = str(config.device)
+    if name in ("auto", "None"):
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    elif name.isdigit():
+        name = f"cuda:{name}" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        first = str(error).splitlines()[0]
+        raise ConfigError(f"device '{name}' cannot be used ({first}). Use auto, cpu, cuda, cuda:<n> or xpu") from error
+    if device.type == "cuda" and device.index is None and distributed.world_size() > 1:
+        device = torch.device("cuda", distributed.rank() % torch.cuda.device_count())
+    return device
+
+
+def compute_dtype(config: RunConfig, device: torch.device, stored: torch.dtype) -> torch.dtype:
+    """Returns the precision that blocks run in: 16 bits on GPUs (`amp`), float32 on CPUs, where it is also faster."""
+    if device.type == "cpu" or not config.tune.amp:
+        return torch.float32
+    return torch.float16 if stored == torch.float16 else torch.bfloat16
+
+
+def _round_everything(session: Session, store: RunStore) -> None:
+    """Plain rounding needs no activations: weights are read, rounded and stored one block after the other."""
+    plan, source = session.plan, session.source
+    device = compute_device(session.config)
+    progress = _Progress(len(plan.groups))
+    for group in plan.groups:
+        if not store.has(group[0]) and distributed.is_writer():
+            entries = plan.in_group(group)
+            stored: dict[str, Tensor] = {}
+            for name in group:
+                stored.update(source.tensors(name))
+            weights = {}
+            for name, entry in entries.items():
+                weight = stored[name].to(device).float()
+                weights[name] = round_plain(weight.t() if entry.layer.transposed else weight, entry.scheme).to("cpu")
+            store.save(group[0], BlockResult(weights))
+        progress.report(group[0], BlockResult({}))
+    _round_outside(session, store, None)
+
+
+def _tune_everything(session: Session, store: RunStore, data: CalibrationSet) -> None:
+    config, plan = session.config, session.plan
+    outside_left = bool(plan.outside()) and not store.has(HEAD_BLOCK)
+    if all(store.has(group[0]) for group in plan.groups) and not outside_left:
+        return
+    tuner = tuner_for(config.tune)
+    stream = _open_stream(session, data, quantized_chain=config.tune.enable_quanted_input and tuner.needs_targets)
+    progress = _Progress(len(plan.groups))
+    for index, group in enumerate(plan.groups):
+        block = stream.load(index)
+        last = index == len(plan.groups) - 1 and not outside_left
+        done = store.has(group[0])
+        targets_NTH = stream.run(block, stream.original) if tuner.needs_targets or not last else None
+        result = store.load(group[0]) if done else _tune_block(session, tuner, stream, block, targets_NTH)
+        if not done and distributed.is_writer():
+            store.save(group[0], result)
+        distributed.barrier()
+        if not last:
+            assert targets_NTH is not None
+            stream.advance(block, targets_NTH, _replaced(session, block, result))
+        progress.report(block.name, result, resumed=done)
+    if outside_left:
+        head = session.plan.structure.head
+        assert head is not None
+        _round_outside(session, store, stream.head_inputs(head, stream.quantized))
+
+
+def _open_stream(session: Session, data: CalibrationSet, *, quantized_chain: bool) -> BlockStream:
+    config = session.config
+    device = compute_device(config)
+    stored = next((p.dtype for p in session.source.model.parameters() if p.is_floating_point()), torch.float32)
+    return BlockStream(
+        session.source,
+        session.plan.groups,
+        data,
+        device=device,
+        dtype=compute_dtype(config, device, stored),
+        storage=torch.device("cpu") if config.low_gpu_mem_usage else device,
+        batch_size=config.tune.batch_size,
+        quantized_chain=quantized_chain,
+    )
+
+
+def _tune_block(
+    session: Session, tuner: Tuner, stream: BlockStream, block: Block, targets_NTH: Tensor | None
+) -> BlockResult:
+    entries = session.plan.in_group(block.names)
+    task = TuningTask(
+        block=block,
+        schemes={name: entry.scheme for name, entry in entries.items()},
+        transposed=frozenset(name for name, entry in entries.items() if entry.layer.transposed),
+        inputs=stream.quantized,
+        original_inputs=stream.original,
+        targets=targets_NTH,
+        mask=stream.data.attention_mask,
+        batches=stream.batches(),
+        seed=block_seed(session.config.tune.seed, block.names[0]),
+    )
+    result = tuner(task, session.config.tune) if entries else BlockResult({})
+    return dataclasses.replace(result, weights={name: weight.to("cpu") for name, weight in result.weights.items()})
+
+
+def _replaced(session: Session, block: Block, result: BlockResult) -> dict[str, Tensor]:
+    """Returns what the quantized block runs with, on the compute device."""
+    transposed = {entry.layer.parameter for entry in session.plan.entries if entry.layer.transposed}
+    replaced = {}
+    for name, weight in result.weights.items():
+        dense = weight.to(block.device).dequantize()
+        replaced[name] = (dense.t() if name in transposed else dense).to(block.dtype)
+    replaced.update({name: tensor.to(block.device, block.dtype) for name, tensor in result.plain.items()})
+    return replaced
+
+
+def _round_outside(session: Session, store: RunStore, head_inputs_NTH: Tensor | None) -> None:
+    """Rounds weights outside the blocks, the output layer's scales searched under what it sees.
+
+    The output layer is not tuned by steps: its outputs, one per token and word, would take more memory than the model.
+    """
+    outside = session.plan.outside()
+    if not outside or store.has(HEAD_BLOCK) or not distributed.is_writer():
+        return
+    importance = None
+    if head_inputs_NTH is not None:
+        squares = [piece.float().square().sum((0, 1)) for piece in head_inputs_NTH.split(8)]
+        importance = sum(squares) / (head_inputs_NTH.shape[0] * head_inputs_NTH.shape[1])
+    weights = {}
+    for name, entry in outside.items():
+        weight = session.source.tensors(entry.layer.name)[name].to(compute_device(session.config)).float()
+        weight = weight.t() if entry.layer.transposed else weight
+        if head_inputs_NTH is None:
+            quantized = round_plain(weight, entry.scheme)
+        else:
+            seen = importance.to(weight.device) if entry.layer.name == session.plan.structure.head else None
+            quantized = round_searched(weight, entry.scheme, seen)
+        weights[name] = quantized.to("cpu")
+    store.save(HEAD_BLOCK, BlockResult(weights))
+
+
+def block_seed(seed: int, name: str) -> int:
+    """Returns a seed that depends on the run's seed and the block's name only, not on the order of work."""
+    return int.from_bytes(hashlib.sha256(f"{seed}:{name}".encode()).digest()[:6], "little")
+
+
+def _open_store(work: Path, session: Session, data: CalibrationSet | None) -> RunStore:
+    fingerprint: dict[str, Any] = {
+        "version": __version__,
+        "model": _model_identity(session.source),
+        "weights": {name: entry.scheme.to_dict() for name, entry in session.plan.quantized().items()},
+        "groups": [list(group) for group in session.plan.groups],
+        "tune": dataclasses.asdict(session.config.tune) if data is not None else {"iters": 0, "disable_opt_rtn": True},
+        "calibration": None if data is None else hashlib.sha256(data.input_ids.numpy().tobytes()).hexdigest(),
+        "world_size": distributed.world_size(),
+    }
+    if not distributed.is_writer():
+        distributed.barrier()
+        return RunStore.existing(work)
+    store = RunStore(work, fingerprint, resume=session.config.resume)
+    distributed.barrier()
+    return store
+
+
+def _model_identity(source: WeightSource) -> dict[str, Any]:
+    names = {key: list(source.read(key).shape) for key in list(source.keys())[:1]}
+    return {"class": type(source.model).__name__, "tensors": len(source.keys()), "first": names}
+
+
+def _load_tokenizer(folder: Path, config: RunConfig) -> Any:
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=config.trust_remote_code)
+    except (OSError, ValueError, KeyError) as error:
+        logger.info("%s has no tokenizer that loads (%s); calibration needs token ids then", folder, error)
+        return None
+
+
+def _clip_seqlen(config: RunConfig, model: Any, tokenizer: Any) -> RunConfig:
+    """Returns the config with seqlen no longer than the model's positions and the tokenizer's limit."""
+    model_config = getattr(model, "config", None)
+    text_config = model_config.get_text_config() if hasattr(model_config, "get_text_config") else model_config
+    limits = [getattr(text_config, "max_position_embeddings", None), getattr(tokenizer, "model_max_length", None)]
+    longest = min([limit for limit in limits if isinstance(limit, int) and limit > 0], default=config.calib.seqlen)
+    if config.calib.seqlen <= longest:
+        return config
+    logger.info("changed: seqlen %d -> %d (the model takes no more)", config.calib.seqlen, longest)
+    return dataclasses.replace(config, calib=dataclasses.replace(config.calib, seqlen=longest))
+
+
+@contextlib.contextmanager
+def _deterministic() -> Iterator[None]:
+    """Makes torch choose repeatable kernels for the time of a run, then restores what was set before."""
+    before = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    fill = torch.utils.deterministic.fill_uninitialized_memory
+    try:
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.utils.deterministic.fill_uninitialized_memory = False
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before, warn_only=warn_only)
+        torch.utils.deterministic.fill_uninitialized_memory = fill
+
+
+class _Progress:
+    """Logs one line per finished block: losses, seconds, time left."""
+
+    def __init__(self, total: int) -> None:
+        self.total, self.done, self.timed = total, 0, 0
+        self.started = self.last = time.monotonic()
+
+    def report(self, name: str, result: BlockResult, *, resumed: bool = False) -> None:
+        now = time.monotonic()
+        self.done += 1
+        loss = "" if result.first_loss is None else f" loss {result.first_loss:.3e} -> {result.best_loss:.3e}"
+        left = (now - self.started) / self.done * (self.total - self.done)
+        state = " (from the interrupted run)" if resumed else ""
+        logger.info(
+            "block %d/%d %s%s%s, %.1f s, %.0f s left", self.done, self.total, name, loss, state, now - self.last, left
+        )
+        if result.note:
+            logger.warning("%s: %s", name, result.note)
+        self.last = now

@@ -1,0 +1,72 @@
+"""Tables for people: what there is to choose from, and what a plan will take."""
+
+from __future__ import annotations
+
+from auto_round.config import RunConfig
+from auto_round.plan import Plan
+from auto_round.schemes import PRESET_SCHEMES
+
+
+def table(rows: list[tuple[str, ...]]) -> str:
+    """Returns rows as aligned columns; the first row is the heading."""
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows)
+    return "\n".join(lines)
+
+
+def describe_memory(plan: Plan, config: RunConfig) -> str:
+    """Returns an estimate of the memory a run takes, from shapes alone.
+
+    Tuning holds, for the largest block: the weight and its fake-quantized copy and gradient, the rounding offset, its
+    gradient and best copy (about 26 bytes a weight), and two or three activation chains of nsamples x seqlen x hidden.
+    """
+    sizes: dict[int, int] = {}
+    for entry in plan.entries:
+        if entry.layer.block is not None:
+            weights = entry.layer.shape[0] * entry.layer.shape[1]
+            sizes[entry.layer.block] = sizes.get(entry.layer.block, 0) + weights
+    largest = max(sizes.values(), default=0) * config.tune.nblocks
+    per_weight = 26 if config.tune.iters > 0 else 16
+    hidden = max((e.layer.shape[1] for e in plan.entries if e.layer.name.endswith("q_proj")), default=0)
+    chains = 3 if config.tune.enable_quanted_input and config.tune.iters > 0 else 2
+    chain = chains * config.calib.nsamples * config.calib.seqlen * hidden * 2 if config.tune.needs_calibration else 0
+    where = "host memory" if config.low_gpu_mem_usage else "the compute device"
+    return (
+        f"memory estimate: {largest * per_weight / 2**30:.2f} GiB for the largest block, "
+        f"{chain / 2**30:.2f} GiB of activations on {where}, batches come on top"
+    )
+
+
+def describe_formats() -> str:
+    """Returns the table of export formats."""
+    from auto_round.formats import EXPORTERS
+
+    rows = [("format", "what it is")]
+    rows += [(name, exporter.summary) for name, exporter in EXPORTERS.items()]
+    return table(rows)
+
+
+def describe_schemes() -> str:
+    """Returns the table of preset schemes."""
+    rows = [("scheme", "bits", "group_size", "sym", "data type")]
+    rows += [(n, str(s.bits), str(s.group_size), str(s.sym), s.data_type) for n, s in PRESET_SCHEMES.items()]
+    return table(rows)
+
+
+def describe_datasets() -> str:
+    """Returns the table of named calibration datasets."""
+    from auto_round.calibration import DATASETS
+
+    rows = [("dataset", "hub"), *((name, entry.hub_path) for name, entry in DATASETS.items())]
+    return table([*rows, ("FILE.json, .jsonl, .txt", "local text")])
+
+
+def describe_backends() -> str:
+    """Returns the table of inference backends."""
+    from auto_round.inference.backends import BACKENDS
+
+    rows = [("backend", "devices", "bits", "layouts", "priority")]
+    for name, backend in BACKENDS.items():
+        bits, layouts = ",".join(map(str, sorted(backend.bits))), ",".join(sorted(backend.layouts))
+        rows.append((name, ",".join(sorted(backend.devices)), bits, layouts, str(backend.priority)))
+    return table(rows)

@@ -1,0 +1,155 @@
+"""The work folder of a run: one file per finished block, format-neutral, and the fingerprint of the run.
+
+Every format is written from here, so several formats cost one tuning, and a run that was killed goes on behind its last
+finished block. A file appears under its name only when it is whole (written beside, then renamed).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from auto_round.errors import CheckpointError, ResumeMismatchError
+from auto_round.layouts.bit_pack import pack_bits, unpack_bits
+from auto_round.schemes import QuantizationScheme
+from auto_round.tensors import BlockResult, QuantizedTensor
+
+RUN_FILE = "run.json"
+
+
+class RunStore:
+    """Results of finished blocks, by block name.
+
+    Args:
+        folder: the work folder; made if it is not there.
+        fingerprint: everything that results depend on, as plain JSON values.
+        resume: keep finished blocks of an earlier run with the same fingerprint; else start anew.
+    Raises:
+        ResumeMismatchError: `resume`, and the folder belongs to a run with other options; the difference is listed.
+    """
+
+    def __init__(self, folder: Path, fingerprint: Mapping[str, Any], *, resume: bool) -> None:
+        self.folder = folder
+        self.blocks = folder / "blocks"
+        stored = self._read_fingerprint()
+        if resume and stored is not None:
+            _check_same(stored, _plain(fingerprint), folder)
+        else:
+            self.clear()
+        self.blocks.mkdir(parents=True, exist_ok=True)
+        _write_whole(folder / RUN_FILE, json.dumps(_plain(fingerprint), indent=1))
+
+    @classmethod
+    def existing(cls, folder: Path) -> RunStore:
+        """Returns the store in a folder of an earlier run.
+
+        Raises:
+            CheckpointError: there is none.
+        """
+        store = cls.__new__(cls)
+        store.folder, store.blocks = folder, folder / "blocks"
+        if store._read_fingerprint() is None:
+            raise CheckpointError(f"{folder} holds no finished run (no {RUN_FILE})")
+        return store
+
+    @property
+    def fingerprint(self) -> dict[str, Any]:
+        """What the results depend on."""
+        return self._read_fingerprint() or {}
+
+    def has(self, block: str) -> bool:
+        """Whether a block is finished."""
+        return self._file(block).is_file()
+
+    def save(self, block: str, result: BlockResult) -> None:
+        """Stores what tuning a block gave."""
+        tensors: dict[str, Tensor] = {}
+        schemes = {}
+        for name, weight in result.weights.items():
+            scheme = weight.scheme
+            schemes[name] = {"scheme": scheme.to_dict(), "shape": list(weight.shape)}
+            tensors[f"{name}|codes"] = pack_bits(weight.codes.cpu(), scheme.bits)
+            tensors[f"{name}|scale"] = weight.scale.cpu().contiguous()
+            if weight.zero_point is not None:
+                tensors[f"{name}|zero_point"] = weight.zero_point.cpu().contiguous()
+        for name, tensor in result.plain.items():
+            tensors[f"{name}|plain"] = tensor.cpu().contiguous()
+        metadata = {"schemes": json.dumps(schemes), "summary": json.dumps(result.summary())}
+        partial = self._file(block).with_suffix(".partial")
+        save_file(tensors, str(partial), metadata=metadata)
+        with open(partial, "rb") as written:
+            os.fsync(written.fileno())
+        partial.rename(self._file(block))
+
+    def load(self, block: str) -> BlockResult:
+        """Returns what `save` was given.
+
+        Raises:
+            CheckpointError: the block is not finished.
+        """
+        if not self.has(block):
+            raise CheckpointError(f"{self.folder}: block {block} is not finished")
+        weights: dict[str, QuantizedTensor] = {}
+        with safe_open(self._file(block), framework="pt") as handle:
+            metadata = handle.metadata()
+            schemes = json.loads(metadata["schemes"])
+            keys = set(handle.keys())
+            for name, entry in schemes.items():
+                scheme = QuantizationScheme.from_dict(entry["scheme"])
+                codes = unpack_bits(handle.get_tensor(f"{name}|codes"), scheme.bits, entry["shape"][1])
+                zero = handle.get_tensor(f"{name}|zero_point") if f"{name}|zero_point" in keys else None
+                weights[name] = QuantizedTensor(codes, handle.get_tensor(f"{name}|scale"), zero, scheme)
+            plain = {key.removesuffix("|plain"): handle.get_tensor(key) for key in keys if key.endswith("|plain")}
+        return BlockResult(weights, plain, **json.loads(metadata["summary"]))
+
+    def finished(self) -> Iterator[str]:
+        """Yields the names of finished blocks, in name order of their files."""
+        for file in sorted(self.blocks.glob("*.safetensors")):
+            yield file.stem
+
+    def clear(self) -> None:
+        """Removes every result; the folder itself stays."""
+        for file in [*self.blocks.glob("*.safetensors"), *self.blocks.glob("*.partial"), self.folder / RUN_FILE]:
+            file.unlink(missing_ok=True)
+
+    def remove(self) -> None:
+        """Removes the results and the folder, if nothing else is in it."""
+        self.clear()
+        for folder in (self.blocks, self.folder):
+            if folder.is_dir() and not any(folder.iterdir()):
+                folder.rmdir()
+
+    def _file(self, block: str) -> Path:
+        return self.blocks / f"{block}.safetensors"
+
+    def _read_fingerprint(self) -> dict[str, Any] | None:
+        file = self.folder / RUN_FILE
+        return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+
+
+def _plain(fingerprint: Mapping[str, Any]) -> dict[str, Any]:
+    return dict(json.loads(json.dumps(fingerprint, sort_keys=True, default=str)))
+
+
+def _check_same(stored: Mapping[str, Any], wanted: Mapping[str, Any], folder: Path) -> None:
+    names = sorted(set(stored) | set(wanted))
+    changed = [f"{n}: {stored.get(n)!r} then, {wanted.get(n)!r} now" for n in names if stored.get(n) != wanted.get(n)]
+    if changed:
+        raise ResumeMismatchError(
+            f"{folder} belongs to a run with other options, so its blocks cannot be used:\n  "
+            + "\n  ".join(changed)
+            + "\nRepeat the run with the options of then, or start anew without --resume"
+        )
+
+
+def _write_whole(file: Path, text: str) -> None:
+    partial = file.with_suffix(".partial")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(file)

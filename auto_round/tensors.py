@@ -1,0 +1,126 @@
+"""Quantized weights as plain data, and the arithmetic of groups.
+
+Shape letters: O out features, I in features, G groups of a row, K group size. A row whose length the group size does
+not divide has a shorter last group; in grouped form that group is padded with zeros.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from auto_round.schemes import QuantizationScheme
+
+
+def effective_group_size(group_size: int, in_features: int) -> int:
+    """Returns the number of weights that share a scale along a row (`in_features` for -1)."""
+    return in_features if group_size in (-1, 0) else group_size
+
+
+def group_count(in_features: int, group_size: int) -> int:
+    """Returns the number of groups of a row, a shorter last one included."""
+    size = effective_group_size(group_size, in_features)
+    return -(-in_features // size)
+
+
+def to_groups(weight_OI: Tensor, group_size: int) -> Tensor:
+    """Returns (O, G, K): rows cut into groups, the last one padded with zeros."""
+    rows, width = weight_OI.shape
+    size = effective_group_size(group_size, width)
+    padding = -width % size
+    if padding:
+        weight_OI = torch.nn.functional.pad(weight_OI, (0, padding))
+    return weight_OI.reshape(rows, -1, size)
+
+
+def from_groups(grouped_OGK: Tensor, in_features: int) -> Tensor:
+    """Returns (O, I), the inverse of `to_groups`."""
+    return grouped_OGK.reshape(grouped_OGK.shape[0], -1)[:, :in_features]
+
+
+def expand_groups(per_group_OG: Tensor, group_size: int, in_features: int) -> Tensor:
+    """Returns (O, I): the value of its group for each weight."""
+    size = effective_group_size(group_size, in_features)
+    return per_group_OG.repeat_interleave(size, dim=1)[:, :in_features]
+
+
+@dataclasses.dataclass(frozen=True, slots=True, eq=False)
+class QuantizedTensor:
+    """A quantized weight: the only thing a tuner gives and an exporter takes.
+
+    Attributes:
+        codes: (O, I) uint8, the stored integers, in [0, 2**bits).
+        scale: (O, G) float32, exactly representable in the scheme's scale dtype; may be negative.
+        zero_point: (O, G) uint8 on the grid of codes, or None when symmetric (then it is 2**(bits-1) everywhere).
+        scheme: the scheme, with the group size that was really used.
+    """
+
+    codes: Tensor
+    scale: Tensor
+    zero_point: Tensor | None
+    scheme: QuantizationScheme
+
+    def __post_init__(self) -> None:
+        rows, width = self.codes.shape
+        groups = (rows, group_count(width, self.scheme.group_size))
+        assert self.codes.dtype == torch.uint8, self.codes.dtype
+        assert self.scale.shape == groups and self.scale.dtype == torch.float32, (self.scale.shape, groups)
+        assert (self.zero_point is None) == self.scheme.sym
+        assert self.zero_point is None or self.zero_point.shape == groups
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out features, in features)."""
+        return self.codes.shape[0], self.codes.shape[1]
+
+    def zero_points(self) -> Tensor:
+        """Returns (O, G) uint8 zero points, the constant one included when symmetric."""
+        if self.zero_point is not None:
+            return self.zero_point
+        return torch.full_like(self.scale, 2 ** (self.scheme.bits - 1), dtype=torch.uint8)
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Returns (O, I) weights scale * (codes - zero_point), computed in float32, rounded once to `dtype`."""
+        width = self.shape[1]
+        size = self.scheme.group_size
+        zero_OI = expand_groups(self.zero_points().float(), size, width)
+        scale_OI = expand_groups(self.scale, size, width)
+        return (scale_OI * (self.codes.float() - zero_OI)).to(dtype)
+
+    def to(self, device: torch.device | str) -> QuantizedTensor:
+        """Returns the same weight on another device."""
+        zero_point = None if self.zero_point is None else self.zero_point.to(device)
+        return QuantizedTensor(self.codes.to(device), self.scale.to(device), zero_point, self.scheme)
+
+
+@dataclasses.dataclass(frozen=True, slots=True, eq=False)
+class BlockResult:
+    """What tuning one block gives.
+
+    Attributes:
+        weights: parameter name within the model (".weight" included) -> quantized weight.
+        plain: parameter name -> new 16-bit value (tuned norms and biases), empty by default.
+        first_loss, best_loss: mean squared error of the block's output before tuning and at the kept step.
+        best_step: the kept step, 0 for the start.
+        note: why the block did not take the normal way ("" if it did), e.g. a fall-back to rounding.
+    """
+
+    weights: Mapping[str, QuantizedTensor]
+    plain: Mapping[str, Tensor] = dataclasses.field(default_factory=dict)
+    first_loss: float | None = None
+    best_loss: float | None = None
+    best_step: int = 0
+    note: str = ""
+
+    def summary(self) -> dict[str, Any]:
+        """Returns the figures without the tensors."""
+        return {
+            "first_loss": self.first_loss,
+            "best_loss": self.best_loss,
+            "best_step": self.best_step,
+            "note": self.note,
+        }

@@ -1,0 +1,65 @@
+"""What tuners take and give. A tuner is a pure function of a block: it leaves the modules as they were."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from auto_round.blocks import Block
+from auto_round.config import TuneConfig
+from auto_round.schemes import QuantizationScheme
+from auto_round.tensors import BlockResult
+
+
+@dataclasses.dataclass(frozen=True, slots=True, eq=False)
+class TuningTask:
+    """One block to quantize.
+
+    Attributes:
+        block: the block, with its tensors on the compute device.
+        schemes: weight name -> scheme, for the weights to quantize.
+        transposed: names of weights stored (in, out).
+        inputs: (N, T, H) what the block sees, as the quantized blocks before it give it.
+        original_inputs: (N, T, H) what the original model gives it; the same tensor when only one chain is kept.
+        targets: (N, T, H) the original block's output, or None when the tuner does not need it.
+        mask: (N, T) bool, False for padding, or None.
+        batches: samples of each forward pass.
+        seed: of everything random in this block, already mixed with its name.
+    """
+
+    block: Block
+    schemes: Mapping[str, QuantizationScheme]
+    transposed: frozenset[str]
+    inputs: Tensor
+    original_inputs: Tensor
+    targets: Tensor | None
+    mask: Tensor | None
+    batches: Sequence[slice]
+    seed: int
+
+    def weight(self, name: str) -> Tensor:
+        """Returns the original weight (O, I), float32, on the compute device."""
+        stored = self.block.originals[name].float()
+        return stored.t().contiguous() if name in self.transposed else stored
+
+    def as_parameter(self, name: str, weight_OI: Tensor) -> Tensor:
+        """Returns a weight in the form and precision that the block's forward takes."""
+        return (weight_OI.t() if name in self.transposed else weight_OI).to(self.block.dtype)
+
+    def generator(self) -> torch.Generator:
+        """Returns a fresh CPU generator for this block."""
+        return torch.Generator().manual_seed(self.seed)
+
+
+class Tuner(Protocol):
+    """Chooses codes, scales and zero points for the weights of a block."""
+
+    needs_targets: bool
+
+    def __call__(self, task: TuningTask, config: TuneConfig) -> BlockResult:
+        """Returns the quantized weights of a block."""
+        ...

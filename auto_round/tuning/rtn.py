@@ -1,0 +1,56 @@
+"""Rounding without steps: plain, or with scales searched under the importance of input channels."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from auto_round.config import TuneConfig
+from auto_round.data_types import DATA_TYPES
+from auto_round.schemes import QuantizationScheme
+from auto_round.tensors import BlockResult, QuantizedTensor
+from auto_round.tuning.base import TuningTask
+from auto_round.tuning.statistics import channel_importance
+
+
+def round_plain(weight_OI: Tensor, scheme: QuantizationScheme) -> QuantizedTensor:
+    """Returns a weight rounded to the nearest code, its scale covering every weight of the group."""
+    data_type = DATA_TYPES[scheme.data_type]
+    range_ = data_type.minmax_range(weight_OI, scheme)
+    return data_type.encode(weight_OI, scheme, range_, data_type.trainable(weight_OI, scheme))
+
+
+def round_searched(weight_OI: Tensor, scheme: QuantizationScheme, importance_I: Tensor | None) -> QuantizedTensor:
+    """Returns a weight rounded to the nearest code, its scale searched for the least weighted error."""
+    data_type = DATA_TYPES[scheme.data_type]
+    range_ = data_type.search_range(weight_OI, scheme, importance_I)
+    return data_type.encode(weight_OI, scheme, range_, data_type.trainable(weight_OI, scheme))
+
+
+class PlainRounding:
+    """Plain round-to-nearest. Needs no calibration."""
+
+    needs_targets = False
+
+    def __call__(self, task: TuningTask, config: TuneConfig) -> BlockResult:  # noqa: ARG002
+        """Returns each weight rounded by itself."""
+        return BlockResult({name: round_plain(task.weight(name), scheme) for name, scheme in task.schemes.items()})
+
+
+class SearchedRounding:
+    """Round-to-nearest with searched scales ("optimized RTN"). One forward pass of calibration text."""
+
+    needs_targets = False
+
+    def __call__(self, task: TuningTask, config: TuneConfig) -> BlockResult:  # noqa: ARG002
+        """Returns each weight rounded under the importance of its input channels."""
+        importance: Mapping[str, Tensor] = channel_importance(
+            task.block, task.original_inputs, task.batches, list(task.schemes)
+        )
+        weights = {
+            name: round_searched(task.weight(name), scheme, importance.get(name)) for name, scheme in task.schemes.items()
+        }
+        idle = sorted(set(task.schemes) - set(importance))
+        note = f"calibration never reached {', '.join(idle)}; unweighted search there" if idle else ""
+        return BlockResult(weights, note=note)

@@ -1,0 +1,92 @@
+"""What calibration tells about the weights of a block: how strongly each input channel and each output is used."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from auto_round.blocks import Block
+
+
+@torch.no_grad()
+def channel_importance(block: Block, inputs_NTH: Tensor, batches: Sequence[slice], weights: Sequence[str]) -> dict[str, Tensor]:
+    """Returns the mean square of each input channel, (I,) float32, by weight name.
+
+    This is the diagonal of the Hessian of the layer's output error, the "imatrix" of llama.cpp.
+    """
+    sums: dict[str, Tensor] = {}
+    counts: dict[str, int] = {}
+
+    def keep(name: str, module_input: Tensor, _output: Tensor) -> None:
+        squares = module_input.detach().flatten(0, -2).float().square().sum(0)
+        sums[name] = sums[name] + squares if name in sums else squares
+        counts[name] = counts.get(name, 0) + module_input.flatten(0, -2).shape[0]
+
+    with _watched(block, weights, keep):
+        for piece in batches:
+            block.forward(inputs_NTH[piece].to(block.device), torch.arange(piece.start, piece.stop))
+    return {name: total / counts[name] for name, total in sums.items()}
+
+
+def output_sensitivity(
+    block: Block, inputs_NTH: Tensor, batches: Sequence[slice], weights: Sequence[str], generator: torch.Generator
+) -> dict[str, Tensor]:
+    """Returns E[(J^T v)^2] for each output of each layer, (O,) float32, by weight name.
+
+    J is the derivative of the block's output by the layer's output, v a normal probe: Hutchinson's estimate of the
+    diagonal of J^T J, the Gauss-Newton curvature of the block's squared error. Source: docs/algorithms.md.
+    """
+    sums: dict[str, Tensor] = {}
+    counts: dict[str, int] = {}
+    outputs: dict[str, Tensor] = {}
+
+    def keep(name: str, _input: Tensor, output: Tensor) -> None:
+        outputs[name] = output
+
+    for piece in batches:
+        outputs.clear()
+        hidden = inputs_NTH[piece].to(block.device).detach().requires_grad_()
+        with _watched(block, weights, keep):
+            result = block.forward(hidden, torch.arange(piece.start, piece.stop))
+        probe = torch.randn(result.shape, generator=generator).to(result)
+        names = list(outputs)
+        gradients = torch.autograd.grad((result * probe).sum(), [outputs[name] for name in names], allow_unused=True)
+        for name, gradient in zip(names, gradients, strict=True):
+            if gradient is None:
+                continue
+            rows = gradient.flatten(0, -2).float()
+            sums[name] = sums[name] + rows.square().sum(0) if name in sums else rows.square().sum(0)
+            counts[name] = counts.get(name, 0) + rows.shape[0]
+    return {name: total / counts[name] for name, total in sums.items()}
+
+
+@contextlib.contextmanager
+def _watched(block: Block, weights: Sequence[str], keep: Callable[[str, Tensor, Tensor], None]) -> Iterator[None]:
+    """Calls `keep(weight name, input, output)` for every linear layer that runs; hooks are gone afterwards."""
+    handles = []
+    try:
+        for weight, module in _modules_of(block, weights).items():
+            def hook(_module: nn.Module, args: tuple[Tensor, ...], output: Tensor, name: str = weight) -> None:
+                keep(name, args[0], output)
+
+            handles.append(module.register_forward_hook(hook))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _modules_of(block: Block, weights: Sequence[str]) -> Mapping[str, nn.Module]:
+    found = {}
+    for name, module in zip(block.names, block.modules, strict=True):
+        dot = name + "."
+        for weight in weights:
+            layer = weight.removesuffix(".weight")
+            if layer == name:
+                found[weight] = module
+            elif layer.startswith(dot):
+                found[weight] = module.get_submodule(layer[len(dot):])
+    return found
