@@ -18,9 +18,8 @@ from auto_round.blocks import Block, BlockCalls
 from auto_round.config import PARTS, RunConfig, TuneConfig, parse_formats, parse_layer_config
 from auto_round.errors import ConfigError
 from auto_round.formats import EXPORTERS, check, export, targets
-from auto_round.models.base import is_linear
+from auto_round.models.base import LinearInfo, is_linear, is_transposed
 from auto_round.plan import Plan, _fit_group
-from auto_round.models.base import LinearInfo, is_transposed
 from auto_round.schemes import QuantizationScheme, to_scheme
 from auto_round.store import RunStore
 from auto_round.tensors import BlockResult
@@ -29,7 +28,18 @@ from auto_round.tuning import TuningTask, tuner_for
 logger = logging.getLogger(__name__)
 
 # Positional order of the first arguments, as users of the existing package write them.
-POSITIONAL = ("model", "tokenizer", "bits", "group_size", "sym", "layer_config", "batch_size", "amp", "device", "dataset")
+POSITIONAL = (
+    "model",
+    "tokenizer",
+    "bits",
+    "group_size",
+    "sym",
+    "layer_config",
+    "batch_size",
+    "amp",
+    "device",
+    "dataset",
+)
 OTHER_NAMES = {"enable_adam": "adam", "ignore_layers": "fp_layers", "device_map": "device"}
 # Options of the existing package that ask for what is always so here.
 ALWAYS_SO = {
@@ -107,7 +117,9 @@ class AutoRound:
             _write_back(self.session.source.model, self._store, self.plan)
         return self.model, {e.layer.name: e.scheme.to_dict() for e in self.plan.quantized().values()}
 
-    def save_quantized(self, output_dir: str | Path | None = None, format: str | None = None, **unused: Any) -> list[Path]:
+    def save_quantized(
+        self, output_dir: str | Path | None = None, format: str | None = None, **unused: Any
+    ) -> list[Path]:
         """Writes one or several formats (comma separated) and returns their folders. `quantize` comes first.
 
         Raises:
@@ -165,7 +177,9 @@ class AutoRoundAdam(AutoRound):
 class AutoRoundMLLM(AutoRound):
     """AutoRound for vision-language models: the language part is quantized, calibrated on text."""
 
-    def __init__(self, model: Any, tokenizer: Any = None, processor: Any = None, image_processor: Any = None, **options: Any) -> None:
+    def __init__(
+        self, model: Any, tokenizer: Any = None, processor: Any = None, image_processor: Any = None, **options: Any
+    ) -> None:
         self.processor, self.image_processor = processor, image_processor
         super().__init__(model, tokenizer, **options)
 

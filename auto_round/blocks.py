@@ -79,8 +79,8 @@ class Block:
         """Returns the block's output for some samples, with some parameters replaced (full names)."""
         for name, module, calls in zip(self.names, self.modules, self.calls, strict=True):
             dot = name + "."
-            state = {key[len(dot):]: tensor for key, tensor in self.tensors.items() if key.startswith(dot)}
-            state.update({k[len(dot):]: t for k, t in (replaced or {}).items() if k.startswith(dot)})
+            state = {key[len(dot) :]: tensor for key, tensor in self.tensors.items() if key.startswith(dot)}
+            state.update({k[len(dot) :]: t for k, t in (replaced or {}).items() if k.startswith(dot)})
             args, kwargs = calls.for_samples(samples, self.device, self.dtype)
             output = functional_call(module, state, (hidden_NTH, *args), kwargs)
             hidden_NTH = output[0] if isinstance(output, tuple) else output
@@ -271,9 +271,7 @@ def outside_tensors(source: WeightSource, groups: Sequence[tuple[str, ...]]) -> 
     return tensors
 
 
-def _merge_calls(
-    calls: list[tuple[int, tuple, dict]], count: int, merged: dict[tuple[int, ...], Any]
-) -> BlockCalls:
+def _merge_calls(calls: list[tuple[int, tuple, dict]], count: int, merged: dict[tuple[int, ...], Any]) -> BlockCalls:
     """Joins the calls of all batches: tensors that are the same for every sample are kept once.
 
     Args:

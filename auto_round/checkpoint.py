@@ -117,8 +117,8 @@ class CheckpointSource:
         from transformers.core_model_loading import convert_and_load_state_dict_in_model
         from transformers.modeling_utils import LoadStateDictConfig
 
-        mapping = sum(_conversions(self.model), [])
-        config = LoadStateDictConfig(device_map={"": "cpu"}, weight_mapping=mapping)
+        renamings, converters = _conversions(self.model)
+        config = LoadStateDictConfig(device_map={"": "cpu"}, weight_mapping=[*renamings, *converters])
         convert_and_load_state_dict_in_model(self.model, {key: self.read(key) for key in keys}, config)
         loaded = {name: p.detach() for name, p in self.model.named_parameters() if wanted(name) and not p.is_meta}
         self.model.get_submodule(prefix).to("meta")
@@ -238,11 +238,15 @@ def resolve_folder(model: str) -> Path:
     if folder.is_dir():
         return folder
     if folder.is_absolute() or model.startswith(".") or model.count("/") != 1:
-        raise ConfigError(f"model '{model}': no such folder. Give a folder with config.json, or a hub name like org/name")
+        raise ConfigError(
+            f"model '{model}': no such folder. Give a folder with config.json, or a hub name like org/name"
+        )
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(model, ignore_patterns=["*.bin", "*.pth", "*.gguf", "*.onnx", "*.msgpack", "*.h5"]))
+        return Path(
+            snapshot_download(model, ignore_patterns=["*.bin", "*.pth", "*.gguf", "*.onnx", "*.msgpack", "*.h5"])
+        )
     except Exception as error:  # the hub client raises many unrelated types
         raise ConfigError(f"model '{model}': no such folder, and the hub did not give it ({error})") from error
 

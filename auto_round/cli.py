@@ -56,7 +56,9 @@ def main_mllm() -> int:
 def main_eval(argv: Sequence[str] | None = None) -> int:
     """Measures perplexity or task scores of a model folder."""
     parser = argparse.ArgumentParser("auto-round-eval", allow_abbrev=False)
-    parser.add_argument("--model", "--model_name", "--model_name_or_path", required=True, help="model folder, 16-bit or quantized")
+    parser.add_argument(
+        "--model", "--model_name", "--model_name_or_path", required=True, help="model folder, 16-bit or quantized"
+    )
     _add_evaluation_flags(parser)
     parser.add_argument("--device", "--devices", default="auto", help="auto, cpu, cuda ...")
     parser.add_argument("--eval_bs", "--bs", "--batch_size", type=int, default=8, help="batch size of tasks")
@@ -93,7 +95,9 @@ def _add_flag(group: argparse._ArgumentGroup, field: dataclasses.Field) -> None:
     flags, text = [f"--{field.name}", *field.metadata["flags"]], field.metadata["help"]
     kind, default = field.metadata["kind"], field.default
     if field.metadata["off"]:
-        group.add_argument(field.metadata["off"], dest=field.name, action="store_false", default=None, help=f"not: {text}")
+        group.add_argument(
+            field.metadata["off"], dest=field.name, action="store_false", default=None, help=f"not: {text}"
+        )
         group.add_argument(*flags, dest=field.name, action="store_true", default=None, help=text)
     elif isinstance(default, bool):
         group.add_argument(*flags, dest=field.name, action="store_true", default=None, help=text)
@@ -108,7 +112,9 @@ def _add_evaluation_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--ppl", metavar="FILE", help="measure perplexity on this text; after a run also before it")
     group.add_argument("--ppl_seqlen", type=int, default=512, metavar="X", help="tokens of a window (default 512)")
     group.add_argument("--ppl_tokens", type=int, metavar="X", help="use only the first so many tokens")
-    group.add_argument("--tasks", "--task", nargs="?", const="", help="lm-eval tasks, comma separated (extra: auto-round[eval])")
+    group.add_argument(
+        "--tasks", "--task", nargs="?", const="", help="lm-eval tasks, comma separated (extra: auto-round[eval])"
+    )
 
 
 def _quantize(arguments: list[str], recipe: str) -> int:

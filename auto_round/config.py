@@ -50,7 +50,9 @@ class SchemeConfig:
     super_bits: int | None = option(None, "bits of scales of scales", kind=int)
     super_group_size: int | None = option(None, "scales that share a scale", kind=int)
     layer_config: Mapping[str, Any] = option(
-        {}, "JSON object or file: layer name, substring, glob or re:regex -> scheme fields, preset name or bits", kind=dict
+        {},
+        "JSON object or file: layer name, substring, glob or re:regex -> scheme fields, preset name or bits",
+        kind=dict,
     )
     fp_layers: str = option("", "comma separated layers to keep in 16 bits (same patterns)", "--ignore_layers")
     quant_lm_head: bool = option(False, "quantize lm_head too")
@@ -75,14 +77,19 @@ class CalibConfig:
     """The text that calibration sees."""
 
     dataset: Any = option(
-        "NeelNanda/pile-10k", "local .json/.jsonl/.txt or named datasets: 'a.jsonl,NeelNanda/pile-10k:num=256'", kind=str
+        "NeelNanda/pile-10k",
+        "local .json/.jsonl/.txt or named datasets: 'a.jsonl,NeelNanda/pile-10k:num=256'",
+        kind=str,
     )
     nsamples: int = option(128, "samples of calibration text", "--nsample")
     seqlen: int = option(2048, "tokens of a sample", "--seq_len")
 
     def __post_init__(self) -> None:
-        problems = [f"{name}={getattr(self, name)} (must be positive)" for name in ("nsamples", "seqlen")
-                    if getattr(self, name) < 1]
+        problems = [
+            f"{name}={getattr(self, name)} (must be positive)"
+            for name in ("nsamples", "seqlen")
+            if getattr(self, name) < 1
+        ]
         if problems:
             raise ConfigError("; ".join(problems))
 
@@ -103,7 +110,7 @@ class TuneConfig:
     )
     enable_minmax_tuning: bool = option(True, "tune clip ranges", off="--disable_minmax_tuning")
     enable_norm_bias_tuning: bool = option(False, "tune norm weights and biases of blocks too")
-    enable_alg_ext: bool = option(False, "searched scales and curvature-corrected steps: better at 2 and 3 bits")
+    enable_alg_ext: bool = option(False, "curvature-corrected sign steps: better at 2 to 4 bits")
     not_use_best_mse: bool = option(False, "keep the last step instead of the best one")
     dynamic_max_gap: int = option(-1, "stop a block after this many steps without a better loss; -1: never")
     disable_opt_rtn: bool = option(False, "with --iters 0: plain rounding, without the search for scales")
@@ -114,12 +121,18 @@ class TuneConfig:
     seed: int = option(42, "seed of sample choice and tuning")
 
     def __post_init__(self) -> None:
-        problems = [f"{name}={getattr(self, name)} (must be positive)"
-                    for name in ("batch_size", "gradient_accumulate_steps", "nblocks") if getattr(self, name) < 1]
+        problems = [
+            f"{name}={getattr(self, name)} (must be positive)"
+            for name in ("batch_size", "gradient_accumulate_steps", "nblocks")
+            if getattr(self, name) < 1
+        ]
         if self.iters < 0:
             problems.append(f"iters={self.iters} (0 for rounding only, or a number of steps)")
-        problems += [f"{name}={getattr(self, name)} (must be positive)" for name in ("lr", "minmax_lr")
-                     if getattr(self, name) is not None and getattr(self, name) <= 0]
+        problems += [
+            f"{name}={getattr(self, name)} (must be positive)"
+            for name in ("lr", "minmax_lr")
+            if getattr(self, name) is not None and getattr(self, name) <= 0
+        ]
         for name, allowed in (("lr_scheduler", ("linear", "cosine", "constant")), ("sampler", ("rand", "epoch"))):
             if getattr(self, name) not in allowed:
                 problems.append(f"{name}={getattr(self, name)!r} (allowed: {', '.join(allowed)})")
@@ -251,5 +264,5 @@ def parse_layer_config(value: str | Mapping[str, Any]) -> Mapping[str, Any]:
     except json.JSONDecodeError as error:
         raise ConfigError(f"layer_config is not valid JSON: {error}") from None
     if not isinstance(parsed, dict):
-        raise ConfigError("layer_config must be a JSON object: {\"layer or pattern\": {\"bits\": 8}}")
+        raise ConfigError('layer_config must be a JSON object: {"layer or pattern": {"bits": 8}}')
     return parsed

@@ -30,7 +30,9 @@ def text_windows(file: str | Path, tokenizer: Any, *, seqlen: int, max_tokens: i
     ids = torch.tensor(tokenizer(path.read_text(encoding="utf-8"), verbose=False).input_ids)[:max_tokens]
     count = ids.numel() // seqlen
     if count == 0:
-        raise CalibrationError(f"{file} has {ids.numel()} tokens, fewer than one window of {seqlen}. Lower --ppl_seqlen")
+        raise CalibrationError(
+            f"{file} has {ids.numel()} tokens, fewer than one window of {seqlen}. Lower --ppl_seqlen"
+        )
     return ids[: count * seqlen].view(count, seqlen)
 
 
@@ -46,17 +48,27 @@ def perplexity(model: Any, windows_NT: Tensor, *, batch_size: int = 8) -> float:
     return math.exp(total / (windows_NT.shape[0] * (windows_NT.shape[1] - 1)))
 
 
-def load_for_evaluation(model: str | Path, *, device: str = "auto", dtype: str = "auto", trust_remote_code: bool = False) -> Any:
+def load_for_evaluation(
+    model: str | Path, *, device: str = "auto", dtype: str = "auto", trust_remote_code: bool = False
+) -> Any:
     """Returns a model folder loaded through Transformers, on the GPU if there is one."""
     from transformers import AutoModelForCausalLM
 
     where = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
-    loaded = AutoModelForCausalLM.from_pretrained(model, dtype=dtype, device_map=where, trust_remote_code=trust_remote_code)
+    loaded = AutoModelForCausalLM.from_pretrained(
+        model, dtype=dtype, device_map=where, trust_remote_code=trust_remote_code
+    )
     return loaded.eval()
 
 
 def perplexity_of_folder(
-    model: str | Path, file: str | Path, *, seqlen: int, max_tokens: int | None = None, device: str = "auto", dtype: str = "auto"
+    model: str | Path,
+    file: str | Path,
+    *,
+    seqlen: int,
+    max_tokens: int | None = None,
+    device: str = "auto",
+    dtype: str = "auto",
 ) -> float:
     """Returns the perplexity of a model folder, 16-bit or quantized, on a text file."""
     from transformers import AutoTokenizer
@@ -65,7 +77,9 @@ def perplexity_of_folder(
     return perplexity(load_for_evaluation(model, device=device, dtype=dtype), windows)
 
 
-def task_scores(model: str | Path, tasks: str = DEFAULT_TASKS, *, batch_size: int | str = 8, device: str = "auto") -> dict[str, Any]:
+def task_scores(
+    model: str | Path, tasks: str = DEFAULT_TASKS, *, batch_size: int | str = 8, device: str = "auto"
+) -> dict[str, Any]:
     """Returns lm-eval's results for a model folder.
 
     Raises:

@@ -1,8 +1,8 @@
 """Decides what becomes of each weight, before any weight is read.
 
 `resolve` turns a model's structure and the scheme options into a `Plan`: one entry per weight with its scheme and the
-reason. It is the only place that changes what was asked for, and each change is an `Adjustment` in the plan. Patterns in
-`layer_config` and `fp_layers` are exact names, substrings, globs, or regular expressions.
+reason. It is the only place that changes what was asked for, and each change is an `Adjustment` in the plan. Patterns
+in `layer_config` and `fp_layers` are exact names, substrings, globs, or regular expressions.
 """
 
 from __future__ import annotations
@@ -125,7 +125,7 @@ def resolve(structure: ModelStructure, config: SchemeConfig, *, nblocks: int = 1
         problems.append("nothing is left to quantize: every layer is kept in 16 bits")
     if problems:
         raise ConfigError("\n".join(problems))
-    groups = [structure.blocks[start:start + nblocks] for start in range(0, len(structure.blocks), nblocks)]
+    groups = [structure.blocks[start : start + nblocks] for start in range(0, len(structure.blocks), nblocks)]
     return Plan(tuple(entries), tuple(groups), base, structure, tuple(adjustments), tuple(_fused_warnings(entries)))
 
 
@@ -159,7 +159,9 @@ def _regex_matches(pattern: str, names: list[str]) -> list[str]:
     return [name for name in names if compiled.search(name)]
 
 
-def _resolve_patterns(structure: ModelStructure, config: SchemeConfig) -> tuple[dict[str, tuple[dict[str, Any], str]], list[str]]:
+def _resolve_patterns(
+    structure: ModelStructure, config: SchemeConfig
+) -> tuple[dict[str, tuple[dict[str, Any], str]], list[str]]:
     """Returns layer name -> (scheme fields, the pattern that said so), and the problems found.
 
     Later patterns win over earlier ones, exact names over patterns, fp_layers over layer_config.
@@ -179,7 +181,9 @@ def _resolve_patterns(structure: ModelStructure, config: SchemeConfig) -> tuple[
         if not hits:
             leaves = {name.rpartition(".")[2] for name in names}
             hint = nearest(pattern, [*names, *leaves])
-            problems.append(f"pattern '{pattern}' matches no linear layer.{hint} Layers end in: {', '.join(sorted(leaves))}")
+            problems.append(
+                f"pattern '{pattern}' matches no linear layer.{hint} Layers end in: {', '.join(sorted(leaves))}"
+            )
         for name in hits:
             found[name] = (fields, pattern)
     return found, problems

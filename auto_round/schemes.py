@@ -47,7 +47,11 @@ class QuantizationScheme:
 
     def __post_init__(self) -> None:
         problems = []
-        if isinstance(self.bits, bool) or not isinstance(self.bits, int) or not (2 <= self.bits <= 8 or self.bits == 16):
+        if (
+            isinstance(self.bits, bool)
+            or not isinstance(self.bits, int)
+            or not (2 <= self.bits <= 8 or self.bits == 16)
+        ):
             problems.append(f"bits={self.bits!r} (allowed: 2 to 8, or 16 to leave the weight as it is)")
         if isinstance(self.group_size, bool) or not isinstance(self.group_size, int) or self.group_size < -1:
             problems.append(f"group_size={self.group_size!r} (allowed: a positive number, -1 per row, 0 per tensor)")
@@ -141,7 +145,9 @@ def preset_name_to_scheme(name: str) -> QuantizationScheme:
     if form:
         return QuantizationScheme(bits=int(form[1]), group_size=int(form[2]))
     known = [preset for preset in PRESET_SCHEMES if not re.search(r"G(32|64|128)$", preset)]
-    raise ConfigError(f"unknown scheme '{name}'.{nearest(key, PRESET_SCHEMES)} Known: {', '.join(known)}, W<bits>A16G<n>")
+    raise ConfigError(
+        f"unknown scheme '{name}'.{nearest(key, PRESET_SCHEMES)} Known: {', '.join(known)}, W<bits>A16G<n>"
+    )
 
 
 def to_scheme(value: str | Mapping[str, Any] | QuantizationScheme) -> QuantizationScheme:

@@ -68,7 +68,8 @@ class QuantizedTensor:
         rows, width = self.codes.shape
         groups = (rows, group_count(width, self.scheme.group_size))
         assert self.codes.dtype == torch.uint8, self.codes.dtype
-        assert self.scale.shape == groups and self.scale.dtype == torch.float32, (self.scale.shape, groups)
+        assert self.scale.shape == groups, (self.scale.shape, groups)
+        assert self.scale.dtype == torch.float32, self.scale.dtype
         assert (self.zero_point is None) == self.scheme.sym
         assert self.zero_point is None or self.zero_point.shape == groups
 

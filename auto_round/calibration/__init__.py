@@ -1,10 +1,7 @@
-from pathlib import Path
-import torch
-from auto_round.calibration.base import DATASETS, CalibrationSet
-from auto_round.calibration.local import read_documents
-from auto_round.calibration.text import choose_windows, join_windows, tokenize_documents
+"""Calibration data: from a dataset string, files or Python objects to fixed token windows."""
 
-def load_calibration(dataset, tokenizer, *, nsamples=128, seqlen=2048, seed=42):
-    if isinstance(dataset, CalibrationSet): return dataset
-    w = join_windows(tokenize_documents(read_documents(Path(dataset)), tokenizer), seqlen, eos_id=tokenizer.eos_token_id)
-    return CalibrationSet(w[choose_windows(len(w), nsamples, seed)])
+from auto_round.calibration import named  # noqa: F401  fills DATASETS
+from auto_round.calibration.base import DATASETS, CalibrationSet
+from auto_round.calibration.load import load_calibration
+
+__all__ = ["DATASETS", "CalibrationSet", "load_calibration"]

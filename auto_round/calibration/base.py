@@ -26,6 +26,28 @@ CHOICE_FACTOR = 4
 CHARS_PER_TOKEN = 4
 
 
+def is_messages(value: Any) -> bool:
+    """True for a list of messages: each a mapping with `role` and `content`."""
+    return (
+        isinstance(value, list)
+        and len(value) > 0
+        and all(isinstance(message, Mapping) and {"role", "content"} <= message.keys() for message in value)
+    )
+
+
+def document_of(record: Mapping[str, Any]) -> Document | None:
+    """Returns the document in a record: its "text", its "messages", or its only field; None when there is none."""
+    candidates = [record[key] for key in ("text", "messages") if key in record]
+    if not candidates and len(record) == 1:
+        candidates = list(record.values())
+    return next((value for value in candidates if isinstance(value, str) or is_messages(value)), None)
+
+
+def count_chars(document: Document) -> int:
+    """Returns how long a document is, in characters."""
+    return len(document) if isinstance(document, str) else sum(len(str(message["content"])) for message in document)
+
+
 @dataclass(frozen=True, eq=False)
 class CalibrationSet:
     """The samples that a model is calibrated with.

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from auto_round.calibration.base import Document, Message
-from auto_round.errors import ConfigError
+from auto_round.errors import ConfigError, require
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -64,7 +64,9 @@ def _messages(document: Document, system_prompt: str | None) -> list[Message]:
 
 
 def _render(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase) -> str:
-    from jinja2 import TemplateError  # comes with chat templates: transformers itself asks for it only here
+    # transformers needs jinja2 for chat templates only, so it may be missing.
+    require("jinja2", needed_for="a chat template")
+    from jinja2 import TemplateError
 
     try:
         # tokenize=False: transformers 5 returns an encoding else.

@@ -10,9 +10,10 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import chain
+from pathlib import Path
 from typing import Any
 
-from auto_round.calibration.base import Document, NamedDataset, ReadLimit
+from auto_round.calibration.base import Document, NamedDataset, ReadLimit, count_chars
 from auto_round.errors import CalibrationError, require
 
 PROBE_SECONDS = 5.0
@@ -52,11 +53,6 @@ def take_documents(documents: Iterable[Document], limit: ReadLimit) -> list[Docu
     return taken
 
 
-def count_chars(document: Document) -> int:
-    """Returns how long a document is, in characters."""
-    return len(document) if isinstance(document, str) else sum(len(str(message["content"])) for message in document)
-
-
 def _check_reachable(entry: NamedDataset) -> bool:
     """Returns whether the hub is to be asked; False when only the local cache can serve.
 
@@ -78,10 +74,15 @@ def _check_reachable(entry: NamedDataset) -> bool:
         # A certificate that only Python's own store misses does not stop `datasets`.
         if isinstance(getattr(error, "reason", error), ssl.SSLError):
             return True
-        cache = datasets.config.HF_DATASETS_CACHE / entry.hub_path.replace("/", "___")
-        if cache.is_dir():
+        if _is_cached(entry, Path(datasets.config.HF_DATASETS_CACHE)):
             return False
         raise _unreachable(entry, f"{constants.ENDPOINT} does not answer: {error}") from error
+
+
+def _is_cached(entry: NamedDataset, cache: Path) -> bool:
+    # Folders are `owner___name`, the name in snake case for some versions and datasets.
+    wanted = entry.hub_path.replace("/", "").replace("_", "").lower()
+    return cache.is_dir() and any(folder.name.replace("_", "").lower() == wanted for folder in cache.iterdir())
 
 
 def _read_rows(entry: NamedDataset, split: str, *, is_streamed: bool) -> Iterator[Mapping[str, Any]]:
@@ -100,12 +101,13 @@ def _document(entry: NamedDataset, row: Mapping[str, Any]) -> Document:
     try:
         return entry.document(row)
     except KeyError as error:
-        raise CalibrationError(f"dataset {entry.hub_path} has no field {error}; its rows have {', '.join(row)}") from error
+        keys = ", ".join(row)
+        raise CalibrationError(f"dataset {entry.hub_path} has no field {error}; its rows have {keys}") from error
 
 
 def _unreachable(entry: NamedDataset, reason: str) -> CalibrationError:
     return CalibrationError(
-        f"dataset {entry.hub_path} could not be read ({reason}). Give local text with --dataset FILE (.json, .jsonl or .txt), "
-        "or load the dataset once where there is a network, copy the cache (HF_HOME) and set "
-        "HF_DATASETS_OFFLINE=1"
+        f"dataset {entry.hub_path} could not be read ({reason}). Give local text with --dataset FILE "
+        "(.json, .jsonl or .txt), or load the dataset once where there is a network, copy the cache (HF_HOME) "
+        "and set HF_DATASETS_OFFLINE=1"
     )

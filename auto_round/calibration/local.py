@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from auto_round.calibration.base import Document
+from auto_round.calibration.base import Document, document_of, is_messages
 from auto_round.errors import CalibrationError, ConfigError
 
 SUFFIXES = (".json", ".jsonl", ".txt")
@@ -94,15 +94,6 @@ def _records(parsed: Any) -> list[Any]:
     return [parsed]
 
 
-def is_messages(value: Any) -> bool:
-    """True for a list of messages: each a mapping with `role` and `content`."""
-    return (
-        isinstance(value, list)
-        and len(value) > 0
-        and all(isinstance(message, Mapping) and {"role", "content"} <= message.keys() for message in value)
-    )
-
-
 def _document(record: Any, place: str) -> Document:
     if isinstance(record, Mapping):
         if (document := document_of(record)) is not None:
@@ -115,11 +106,3 @@ def _document(record: Any, place: str) -> Document:
     if isinstance(record, str) or is_messages(record):
         return record
     raise CalibrationError(f'{place}: a record must be a string, or an object with "text", not {record!r:.60}')
-
-
-def document_of(record: Mapping[str, Any]) -> Document | None:
-    """Returns the document in a record: its "text", its "messages", or its only field; None when there is none."""
-    candidates = [record[key] for key in ("text", "messages") if key in record]
-    if not candidates and len(record) == 1:
-        candidates = list(record.values())
-    return next((value for value in candidates if isinstance(value, str) or is_messages(value)), None)

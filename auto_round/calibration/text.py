@@ -46,9 +46,7 @@ def tokenize_documents(
     Raises:
         ConfigError: a chat template is needed and the tokenizer has none.
     """
-    texts = render_documents(
-        documents, tokenizer, apply_chat_template=apply_chat_template, system_prompt=system_prompt
-    )
+    texts = render_documents(documents, tokenizer, apply_chat_template=apply_chat_template, system_prompt=system_prompt)
     ids = []
     for is_templated, group in groupby((text for text in texts if text.text.strip()), lambda text: text.is_templated):
         run = list(group)

@@ -60,7 +60,9 @@ class DataType(Protocol):
         """Returns (O, I) float32 dequantized weights, differentiable in `params`."""
         ...
 
-    def rounding_state(self, weight_OI: Tensor, scheme: QuantizationScheme, range_: Range, params: Params) -> RoundingState:
+    def rounding_state(
+        self, weight_OI: Tensor, scheme: QuantizationScheme, range_: Range, params: Params
+    ) -> RoundingState:
         """Returns where each weight stands between the levels of the grid."""
         ...
 

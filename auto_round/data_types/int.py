@@ -5,8 +5,8 @@ more than the other side. The scale is therefore signed: scale = extreme / -2**(
 Asymmetric: scale = (high - low) / (2**bits - 1), zero point = round(-low / scale), kept in [1, 2**bits - 1] because the
 GPTQ layout stores zero point - 1 and serving engines read it so; only a group without negative weights notices.
 
-W_hat = scale * (clamp(round(W / scale + V) + zero, 0, 2**bits - 1) - zero), everything in float32, scales rounded to the
-scheme's scale dtype. Source: SignRound, arXiv 2309.05516, equations 2-4.
+W_hat = scale * (clamp(round(W / scale + V) + zero, 0, 2**bits - 1) - zero), everything in float32, scales rounded
+to the scheme's scale dtype. Source: SignRound, arXiv 2309.05516, equations 2-4.
 """
 
 from __future__ import annotations
@@ -76,7 +76,9 @@ class IntDataType:
         return from_groups(scale * (codes - zero), weight_OI.shape[1])
 
     @torch.no_grad()
-    def rounding_state(self, weight_OI: Tensor, scheme: QuantizationScheme, range_: Range, params: Params) -> RoundingState:
+    def rounding_state(
+        self, weight_OI: Tensor, scheme: QuantizationScheme, range_: Range, params: Params
+    ) -> RoundingState:
         """Returns scale (O, G, 1), residual and in_range (O, G, K)."""
         scale, zero = _scale_and_zero(scheme, range_, params)
         latent = to_groups(weight_OI.float(), scheme.group_size) / scale + params["rounding"]

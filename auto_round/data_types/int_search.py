@@ -47,7 +47,9 @@ def _row_pieces(grouped: Tensor) -> list[slice]:
     return [slice(start, start + rows) for start in range(0, grouped.shape[0], rows)]
 
 
-def _refit(x: Tensor, importance: Tensor, levels: Tensor, scale: Tensor, scheme: QuantizationScheme) -> tuple[Tensor, Tensor]:
+def _refit(
+    x: Tensor, importance: Tensor, levels: Tensor, scale: Tensor, scheme: QuantizationScheme
+) -> tuple[Tensor, Tensor]:
     """Returns the least-squares scale for fixed levels (codes - zero), as it is stored, and its weighted error."""
     weighted = importance * levels
     denominator = (weighted * levels).sum(-1, keepdim=True)

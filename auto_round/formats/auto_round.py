@@ -63,7 +63,12 @@ class AutoRoundFormat:
             "sym": base.sym,
         }
         described = {"iters": tune.iters, "nsamples": config.calib.nsamples, "seqlen": config.calib.seqlen}
-        described |= {"batch_size": tune.batch_size, "lr": tune.lr, "minmax_lr": tune.minmax_lr, "nblocks": tune.nblocks}
+        described |= {
+            "batch_size": tune.batch_size,
+            "lr": tune.lr,
+            "minmax_lr": tune.minmax_lr,
+            "nblocks": tune.nblocks,
+        }
         described |= {"gradient_accumulate_steps": tune.gradient_accumulate_steps, "seed": tune.seed}
         described |= {"enable_quanted_input": tune.enable_quanted_input, "enable_alg_ext": tune.enable_alg_ext}
         described |= {"enable_minmax_tuning": tune.enable_minmax_tuning, "scale_dtype": f"torch.{base.scale_dtype}"}
@@ -99,4 +104,6 @@ def _register(name: str, summary: str, packing: str | None = None) -> None:
 _register("auto_round", "Transformers, vLLM, SGLang; the layout is chosen by scheme")
 _register("auto_round:auto_gptq", "as auto_round, GPTQ tensors (zero points stored minus one)", "auto_round:auto_gptq")
 _register("auto_round:auto_awq", "as auto_round, AWQ tensors (4 bits only)", "auto_round:auto_awq")
-_register("auto_round:gptqmodel", "GPTQ tensors with zero points as they are; Transformers only", "auto_round:gptqmodel")
+_register(
+    "auto_round:gptqmodel", "GPTQ tensors with zero points as they are; Transformers only", "auto_round:gptqmodel"
+)

@@ -21,8 +21,15 @@ from auto_round.schemes import QuantizationScheme
 class Exporter(Protocol):
     """One export format, registered in EXPORTERS under the name that users ask for."""
 
-    name: str
-    summary: str
+    @property
+    def name(self) -> str:
+        """What users ask for."""
+        ...
+
+    @property
+    def summary(self) -> str:
+        """One line for the table of formats."""
+        ...
 
     def layout_for(self, scheme: QuantizationScheme, plan: Plan) -> Layout | None:
         """Returns the layout of weights with this scheme, or None when they are written dequantized."""
@@ -61,7 +68,8 @@ def targets(names: tuple[str, ...], output_dir: Path) -> list[FormatTarget]:
     exporters = [EXPORTERS[name] for name in names]
     if len(exporters) == 1:
         return [FormatTarget(exporters[0], output_dir)]
-    return [FormatTarget(exporter, output_dir / folder_name(name)) for name, exporter in zip(names, exporters, strict=True)]
+    folders = [output_dir / folder_name(name) for name in names]
+    return [FormatTarget(exporter, folder) for exporter, folder in zip(exporters, folders, strict=True)]
 
 
 def folder_name(format_name: str) -> str:
@@ -86,9 +94,9 @@ def layout_refusals(exporter: Exporter, plan: Plan) -> list[str]:
             reason = f"act_bits={entry.scheme.act_bits} (only 16)"
         if reason:
             grouped.setdefault(reason, []).append(entry)
+    advice = "Use --format auto_round, or give these layers another scheme with layer_config"
     return [
-        f"cannot store {reason} for {len(entries)} layers, e.g. {entries[0].layer.name}. Use --format auto_round, or give "
-        "these layers another scheme with layer_config"
+        f"cannot store {reason} for {len(entries)} layers, e.g. {entries[0].layer.name}. {advice}"
         for reason, entries in grouped.items()
     ]
 
@@ -107,7 +115,10 @@ def head_entry(plan: Plan) -> Mapping[str, dict[str, Any]]:
     for entry in plan.outside().values():
         scheme = entry.scheme
         found[entry.layer.name] = {
-            "bits": scheme.bits, "group_size": scheme.group_size, "sym": scheme.sym, "data_type": scheme.data_type
+            "bits": scheme.bits,
+            "group_size": scheme.group_size,
+            "sym": scheme.sym,
+            "data_type": scheme.data_type,
         }
     return found
 

@@ -24,7 +24,13 @@ HEAD_BLOCK = "outside_blocks"
 
 
 def export(
-    exporter: Exporter, folder: Path, plan: Plan, source: WeightSource, store: RunStore, config: RunConfig, tokenizer: Any
+    exporter: Exporter,
+    folder: Path,
+    plan: Plan,
+    source: WeightSource,
+    store: RunStore,
+    config: RunConfig,
+    tokenizer: Any,
 ) -> None:
     """Writes the checkpoint of one format.
 

@@ -52,7 +52,9 @@ class AwqLayout:
             "scales": weight.scale.t().to(getattr(torch, weight.scheme.scale_dtype)).contiguous(),
         }
 
-    def unpack(self, tensors: Mapping[str, Tensor], scheme: QuantizationScheme, shape: tuple[int, int]) -> QuantizedTensor:
+    def unpack(
+        self, tensors: Mapping[str, Tensor], scheme: QuantizationScheme, shape: tuple[int, int]
+    ) -> QuantizedTensor:
         """Returns the weight that `pack` was given."""
         rows, _ = shape
         codes_OI = _unpack_columns(tensors["qweight"], rows).t().contiguous()

@@ -18,7 +18,10 @@ from auto_round.tensors import QuantizedTensor
 class Layout(Protocol):
     """Bits in memory of one weight."""
 
-    name: str
+    @property
+    def name(self) -> str:
+        """Its name in the registry."""
+        ...
 
     def refuses(self, scheme: QuantizationScheme, shape: tuple[int, int]) -> str | None:
         """Returns why a weight of this scheme and (out, in) shape cannot be held, or None."""
@@ -28,7 +31,9 @@ class Layout(Protocol):
         """Returns local tensor names (`qweight` ...) -> tensors."""
         ...
 
-    def unpack(self, tensors: Mapping[str, Tensor], scheme: QuantizationScheme, shape: tuple[int, int]) -> QuantizedTensor:
+    def unpack(
+        self, tensors: Mapping[str, Tensor], scheme: QuantizationScheme, shape: tuple[int, int]
+    ) -> QuantizedTensor:
         """Returns the weight that `pack` was given."""
         ...
 

@@ -63,8 +63,10 @@ class GptqLayout:
             "scales": weight.scale.t().to(getattr(torch, weight.scheme.scale_dtype)).contiguous(),
         }
 
-    def unpack(self, tensors: Mapping[str, Tensor], scheme: QuantizationScheme, shape: tuple[int, int]) -> QuantizedTensor:
-        """Returns the weight; a stored zero point of -1 (which wraps to 2**bits - 1) reads as 2**bits, as engines do."""
+    def unpack(
+        self, tensors: Mapping[str, Tensor], scheme: QuantizationScheme, shape: tuple[int, int]
+    ) -> QuantizedTensor:
+        """Returns the weight; a stored -1, which wraps to 2**bits - 1, reads as zero point 2**bits, as in engines."""
         rows, width = shape
         codes_OI = unpack_bits(tensors["qweight"].t().contiguous(), scheme.bits, width)
         zero_OG = None

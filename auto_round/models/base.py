@@ -111,7 +111,9 @@ def discover(model: nn.Module, block_names: list[str] | None = None) -> ModelStr
     for name in lists:
         if not isinstance(modules.get(name), nn.ModuleList):
             found = [n for n, m in modules.items() if isinstance(m, nn.ModuleList)]
-            raise UnsupportedError(f"'{name}' is no list of layers of {type(model).__name__}. Lists: {', '.join(found)}")
+            raise UnsupportedError(
+                f"'{name}' is no list of layers of {type(model).__name__}. Lists: {', '.join(found)}"
+            )
         blocks += [f"{name}.{index}" for index in range(len(modules[name]))]
     owner = {block: index for index, block in enumerate(blocks)}
     linears = tuple(
@@ -161,4 +163,3 @@ def _other_weights(model: nn.Module, linear_parameters: set[str], owner: dict[st
         if parameter.ndim == 3 and inside:
             reasons[name] = "fused experts are kept in 16 bits"
     return reasons
-

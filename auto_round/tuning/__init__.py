@@ -5,7 +5,16 @@ from auto_round.tuning.base import Tuner, TuningTask
 from auto_round.tuning.rtn import PlainRounding, SearchedRounding, round_plain, round_searched
 from auto_round.tuning.sign_round import SignRound
 
-__all__ = ["PlainRounding", "SearchedRounding", "SignRound", "Tuner", "TuningTask", "round_plain", "round_searched", "tuner_for"]
+__all__ = [
+    "PlainRounding",
+    "SearchedRounding",
+    "SignRound",
+    "Tuner",
+    "TuningTask",
+    "round_plain",
+    "round_searched",
+    "tuner_for",
+]
 
 
 def tuner_for(config: TuneConfig) -> Tuner:

@@ -49,7 +49,8 @@ class SearchedRounding:
             task.block, task.original_inputs, task.batches, list(task.schemes)
         )
         weights = {
-            name: round_searched(task.weight(name), scheme, importance.get(name)) for name, scheme in task.schemes.items()
+            name: round_searched(task.weight(name), scheme, importance.get(name))
+            for name, scheme in task.schemes.items()
         }
         idle = sorted(set(task.schemes) - set(importance))
         note = f"calibration never reached {', '.join(idle)}; unweighted search there" if idle else ""

@@ -4,9 +4,11 @@ The block's output, with fake-quantized weights, is brought close to the origina
 with respect to the dequantized weights once; from it the data type gives the straight-through gradients of its own
 parameters, layer by layer, so that the block's graph never holds the quantizer's. Source: arXiv 2309.05516.
 
-With `enable_alg_ext` three things change (docs/algorithms.md has the derivation and the figures):
-scales start from an importance-weighted search and clip factors may move both ways around it; the sign step sees the
-curvature of each weight, so that it settles instead of flipping between two codes; the last step is kept, no best copy.
+Scales start from an importance-weighted search and clip factors may move both ways around it; the paper starts from the
+min-max range, which costs about 1.5 perplexity more at 2 bits asymmetric (docs/algorithms.md has the figures).
+
+With `enable_alg_ext` the sign step also sees the curvature of each weight, so that it settles instead of flipping between
+two codes, may travel further at 2 and 3 bits, and the last step is kept, no best copy.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ from auto_round.data_types.base import DataType, Range
 from auto_round.schemes import QuantizationScheme
 from auto_round.tensors import BlockResult, to_groups
 from auto_round.tuning.base import TuningTask
+from auto_round.tuning.capture import repeat_on_device
 from auto_round.tuning.rtn import PlainRounding, SearchedRounding
 from auto_round.tuning.sampling import sample_order
 from auto_round.tuning.statistics import channel_importance, output_sensitivity
@@ -32,6 +35,9 @@ from auto_round.tuning.statistics import channel_importance, output_sensitivity
 CURVATURE_SHARE = 0.5  # theta: the diagonal ignores what attention couples, so only half of it is believed
 WIDE_REACH_BITS = 3  # up to this width an offset may travel a whole step of the grid, above it half of one
 PROBE_BATCHES = 2
+CLIP_BOUNDS = (0.5, 1.5)  # around the searched scale; the min-max range is only one of its candidates
+# Blocks up to this many weights spend their time in kernel launches; larger ones would only pay the graph's memory.
+CAPTURED_WEIGHTS = 50_000_000
 NORM_STEP = 0.1  # norms and biases move by this share of a clip factor's step, relative to their own size
 
 
@@ -45,7 +51,6 @@ class TunedWeight:
     range_: Range
     params: dict[str, Tensor]
     curvature: Tensor | None
-    clip_bounds: tuple[float, float]
     reach: float
 
     @torch.no_grad()
@@ -76,13 +81,13 @@ class SignRound:
     needs_targets = True
 
     def __call__(self, task: TuningTask, config: TuneConfig) -> BlockResult:
-        """Returns the tuned weights of a block; plain rounding, with a note, if its losses are not finite."""
+        """Returns the tuned weights of a block; rounding to nearest, with a note, if a loss is not finite."""
         assert task.targets is not None
         run = _BlockRun(task, config)
         first_loss = run.fixed_loss()
         best_step = run.descend()
         last_loss = run.fixed_loss()
-        if not (math.isfinite(first_loss) and math.isfinite(last_loss)):
+        if not (math.isfinite(first_loss) and math.isfinite(last_loss) and bool(run.all_finite)):
             fallback = PlainRounding() if config.disable_opt_rtn else SearchedRounding()
             result = fallback(task, config)
             return dataclasses.replace(result, note="losses are not finite; rounded to nearest instead")
@@ -90,40 +95,69 @@ class SignRound:
 
 
 class _BlockRun:
-    """State of tuning one block."""
+    """State of tuning one block. Everything a step reads or writes is a tensor on the compute device, so that a step
+    needs no host synchronisation and can be captured as a CUDA graph."""
 
     def __init__(self, task: TuningTask, config: TuneConfig) -> None:
         self.task, self.config = task, config
         self.weights = _make_weights(task, config)
         self.plain = _plain_parameters(task) if config.enable_norm_bias_tuning else {}
-        self.plain_start = {name: tensor.clone() for name, tensor in self.plain.items()}
+        self.plain_sizes = {name: float(tensor.abs().mean()) for name, tensor in self.plain.items()}
         self.adam = _adam(self.weights, self.plain, config) if config.adam else None
+        self.forward = torch.compile(task.block.forward) if config.enable_torch_compile else task.block.forward
         assert task.targets is not None
         self.elements_per_token = task.targets.shape[-1]
+        device = task.block.device
+        self.decay = torch.ones((), device=device)
+        self.step_number = torch.zeros((), dtype=torch.int64, device=device)
+        self.all_finite = torch.ones((), dtype=torch.bool, device=device)
+        self.best_loss = torch.full((), math.inf, device=device)
+        self.best_step = torch.zeros((), dtype=torch.int64, device=device)
+        self.keeps_best = not config.not_use_best_mse and not config.enable_alg_ext
+        self.best = [tensor.clone() for tensor in self._all_params()] if self.keeps_best else []
 
     def descend(self) -> int:
         """Runs all steps; leaves the kept parameters in place and returns the kept step."""
         config = self.config
-        keep_best = not config.not_use_best_mse and not config.enable_alg_ext
-        best_loss, best_step, best = math.inf, 0, None
-        count = self.task.inputs.shape[0]
-        order = sample_order(count, config, self.task.generator())
+        order = sample_order(self.task.inputs.shape[0], config, self.task.generator())
+        take_step = repeat_on_device(self.step, self._may_be_captured())
         for step in range(config.iters):
-            replaced = self.dequantized(requires_grad=True)
-            loss, gradients = self.loss_and_gradients(next(order), replaced)
-            if keep_best:
-                value = float(loss)
-                if not math.isfinite(value):
-                    return best_step
-                if value < best_loss:
-                    best_loss, best_step, best = value, step, self.copy_params()
-                if 0 < config.dynamic_max_gap <= step - best_step:
-                    break
-            self.step(gradients, _decay(config, step))
-        if best is not None:
-            self.restore(best)
-            return best_step
-        return config.iters
+            self.decay.fill_(_decay(config, step))
+            self.step_number.fill_(step)
+            take_step(next(order))
+            if self.keeps_best and 0 < config.dynamic_max_gap <= step - int(self.best_step):
+                break
+        if not self.keeps_best:
+            return config.iters
+        for tensor, value in zip(self._all_params(), self.best, strict=True):
+            tensor.data.copy_(value)
+        return int(self.best_step)
+
+    def _may_be_captured(self) -> bool:
+        """Whether a step is launch-bound and free of host work: small blocks on one GPU, samples all of one length."""
+        block = self.task.block
+        size = sum(tuned.weight.numel() for tuned in self.weights.values())
+        varying = any(calls.per_sample for calls in block.calls) or self.task.mask is not None
+        on_device = self.task.inputs.device.type == "cuda" and distributed.world_size() == 1
+        return on_device and size <= CAPTURED_WEIGHTS and not varying and self.adam is None
+
+    def step(self, samples: Tensor) -> None:
+        """Takes one step on some samples."""
+        replaced = self.dequantized(requires_grad=True)
+        loss, gradients = self.loss_and_gradients(samples, replaced)
+        self._note_loss(loss)
+        self._move(gradients)
+
+    @torch.no_grad()
+    def _note_loss(self, loss: Tensor) -> None:
+        """Keeps the parameters of the best loss so far, from before the step."""
+        self.all_finite.logical_and_(torch.isfinite(loss))
+        if self.keeps_best:
+            better = loss < self.best_loss
+            for kept, tensor in zip(self.best, self._all_params(), strict=True):
+                torch.where(better, tensor, kept, out=kept)
+            torch.where(better, loss, self.best_loss, out=self.best_loss)
+            torch.where(better, self.step_number, self.best_step, out=self.best_step)
 
     def dequantized(self, *, requires_grad: bool = False) -> dict[str, Tensor]:
         """Returns what the block runs with: fake-quantized weights and tuned norms, by full name."""
@@ -140,8 +174,9 @@ class _BlockRun:
         total = torch.zeros((), device=self.task.block.device)
         gradients: dict[str, Tensor] = {}
         tokens = self._token_count(samples)
-        mine = samples.chunk(distributed.world_size())
-        for batch in mine[distributed.rank()].split(self.config.batch_size) if distributed.rank() < len(mine) else ():
+        shares = samples.chunk(distributed.world_size())
+        mine = shares[distributed.rank()].split(self.config.batch_size) if distributed.rank() < len(shares) else ()
+        for batch in mine:
             loss = self._squared_error(batch, replaced) / (tokens * self.elements_per_token)
             found = torch.autograd.grad(loss, [replaced[name] for name in names], allow_unused=True)
             for name, gradient in zip(names, found, strict=True):
@@ -156,8 +191,10 @@ class _BlockRun:
         return total, gradients
 
     @torch.no_grad()
-    def step(self, gradients: Mapping[str, Tensor], decay: float) -> None:
+    def _move(self, gradients: Mapping[str, Tensor]) -> None:
         """Moves every parameter by the sign of its gradient (or by AdamW)."""
+        config = self.config
+        clip_step = config.clip_step if config.enable_minmax_tuning else 0.0
         for name, tuned in self.weights.items():
             if name not in gradients:
                 continue
@@ -166,28 +203,23 @@ class _BlockRun:
             if tuned.curvature is not None:
                 found["rounding"] = found["rounding"] + tuned.curvature_correction()
             for parameter, tensor in tuned.params.items():
-                if self.adam is not None:
-                    tensor.grad = found[parameter]
-                elif parameter == "rounding":
-                    tensor.sub_(found[parameter].sign_(), alpha=self.config.rounding_step * 2 * tuned.reach * decay)
-                elif self.config.enable_minmax_tuning:
-                    tensor.sub_(found[parameter].sign_(), alpha=self.config.clip_step * decay)
+                size = config.rounding_step * 2 * tuned.reach if parameter == "rounding" else clip_step
+                self._move_one(tensor, found[parameter], size)
         for name, tensor in self.plain.items():
-            if self.adam is not None:
-                tensor.grad = gradients[name]
-            else:
-                size = self.plain_start[name].abs().mean()
-                tensor.sub_(gradients[name].sign() * (size * NORM_STEP * self.config.clip_step * decay))
+            if name in gradients:
+                self._move_one(tensor, gradients[name], self.plain_sizes[name] * NORM_STEP * clip_step)
         if self.adam is not None:
-            self._adam_step(decay)
+            for group in self.adam.param_groups:
+                group["lr"] = group["initial_lr"] * float(self.decay)
+            self.adam.step()
         for tuned in self.weights.values():
             _keep_in_bounds(tuned)
 
-    def _adam_step(self, decay: float) -> None:
-        assert self.adam is not None
-        for group in self.adam.param_groups:
-            group["lr"] = group["initial_lr"] * decay
-        self.adam.step()
+    def _move_one(self, tensor: Tensor, gradient: Tensor, size: float) -> None:
+        if self.adam is not None:
+            tensor.grad = gradient
+        else:
+            tensor.sub_(gradient.sign().mul_(self.decay * size))
 
     @torch.no_grad()
     def fixed_loss(self) -> float:
@@ -202,7 +234,7 @@ class _BlockRun:
         assert task.targets is not None
         device = task.block.device
         where = samples.to(task.inputs.device)
-        output = task.block.forward(task.inputs[where].to(device), samples, replaced)
+        output = self.forward(task.inputs[where].to(device), samples, replaced)
         error = (output.float() - task.targets[where].to(device).float()).square()
         if task.mask is not None:
             error = error * task.mask[samples].to(device)[..., None]
@@ -212,15 +244,6 @@ class _BlockRun:
         if self.task.mask is None:
             return samples.numel() * self.task.inputs.shape[1]
         return max(int(self.task.mask[samples].sum()), 1)
-
-    def copy_params(self) -> list[Tensor]:
-        """Returns copies of all parameters."""
-        return [tensor.clone() for tensor in self._all_params()]
-
-    def restore(self, saved: list[Tensor]) -> None:
-        """Puts copied parameters back."""
-        for tensor, value in zip(self._all_params(), saved, strict=True):
-            tensor.data.copy_(value)
 
     def _all_params(self) -> list[Tensor]:
         own = [tensor for tuned in self.weights.values() for tensor in tuned.params.values()]
@@ -236,35 +259,30 @@ class _BlockRun:
 
 
 def _make_weights(task: TuningTask, config: TuneConfig) -> dict[str, TunedWeight]:
-    importance: Mapping[str, Tensor] = {}
-    sensitivity: Mapping[str, Tensor] = {}
     names = list(task.schemes)
+    importance = channel_importance(task.block, task.inputs, task.batches, names)
+    sensitivity: Mapping[str, Tensor] = {}
     if config.enable_alg_ext:
-        importance = channel_importance(task.block, task.inputs, task.batches, names)
         probes = list(task.batches)[:PROBE_BATCHES]
         sensitivity = output_sensitivity(task.block, task.original_inputs, probes, names, task.generator())
     weights = {}
     for name, scheme in task.schemes.items():
         data_type, weight = DATA_TYPES[scheme.data_type], task.weight(name)
-        if config.enable_alg_ext:
-            range_ = data_type.search_range(weight, scheme, importance.get(name))
-        else:
-            range_ = data_type.minmax_range(weight, scheme)
+        range_ = data_type.search_range(weight, scheme, importance.get(name))
         curvature = None
         if name in sensitivity and name in importance:
             # Loss = mean over tokens and D outputs, so its Gauss-Newton diagonal is 2/D E[x_j^2] c_i.
             outer = sensitivity[name][:, None] * importance[name][None, :]
             curvature = to_groups(outer * (2.0 / task.inputs.shape[-1]), scheme.group_size)
         reach = 1.0 if config.enable_alg_ext and scheme.bits <= WIDE_REACH_BITS else 0.5
-        bounds = (0.5, 1.5) if config.enable_alg_ext else (0.0, 1.0)
         params = data_type.trainable(weight, scheme)
-        weights[name] = TunedWeight(weight, scheme, data_type, range_, params, curvature, bounds, reach)
+        weights[name] = TunedWeight(weight, scheme, data_type, range_, params, curvature, reach)
     return weights
 
 
 def _keep_in_bounds(tuned: TunedWeight) -> None:
     for parameter, tensor in tuned.params.items():
-        low, high = (-tuned.reach, tuned.reach) if parameter == "rounding" else tuned.clip_bounds
+        low, high = (-tuned.reach, tuned.reach) if parameter == "rounding" else CLIP_BOUNDS
         tensor.clamp_(low, high)
 
 

@@ -12,7 +12,9 @@ from auto_round.blocks import Block
 
 
 @torch.no_grad()
-def channel_importance(block: Block, inputs_NTH: Tensor, batches: Sequence[slice], weights: Sequence[str]) -> dict[str, Tensor]:
+def channel_importance(
+    block: Block, inputs_NTH: Tensor, batches: Sequence[slice], weights: Sequence[str]
+) -> dict[str, Tensor]:
     """Returns the mean square of each input channel, (I,) float32, by weight name.
 
     This is the diagonal of the Hessian of the layer's output error, the "imatrix" of llama.cpp.
@@ -69,6 +71,7 @@ def _watched(block: Block, weights: Sequence[str], keep: Callable[[str, Tensor, 
     handles = []
     try:
         for weight, module in _modules_of(block, weights).items():
+
             def hook(_module: nn.Module, args: tuple[Tensor, ...], output: Tensor, name: str = weight) -> None:
                 keep(name, args[0], output)
 
@@ -88,5 +91,5 @@ def _modules_of(block: Block, weights: Sequence[str]) -> Mapping[str, nn.Module]
             if layer == name:
                 found[weight] = module
             elif layer.startswith(dot):
-                found[weight] = module.get_submodule(layer[len(dot):])
+                found[weight] = module.get_submodule(layer[len(dot) :])
     return found

@@ -1,0 +1,1 @@
+"""Inference: loads quantized checkpoints through Transformers and runs their layers. Nothing is imported here."""

