@@ -59,9 +59,10 @@ class PlanEntry:
         """Bits a weight takes, scales and zero points counted."""
         if not self.scheme.is_quantized:
             return 16.0
-        groups = group_count(self.layer.shape[1], self.scheme.group_size)
+        rows, width = self.layer.shape
+        groups = 1 if self.scheme.group_size == 0 else rows * group_count(width, self.scheme.group_size)
         scale_bits = 32 if self.scheme.scale_dtype == "float32" else 16
-        return self.scheme.bits + groups * (scale_bits + self.scheme.bits) / self.layer.shape[1]
+        return self.scheme.bits + groups * (scale_bits + self.scheme.bits) / (rows * width)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -146,9 +147,17 @@ def matches(pattern: str, names: Iterable[str]) -> list[str]:
         return _regex_matches(pattern.removeprefix("re:"), names)
     if re.search(r"[*?\[]", pattern):
         found = [name for name in names if fnmatch.fnmatchcase(name, pattern)]
-        return found or _regex_matches(pattern, names)
+        return found if found or not _is_regex(pattern) else _regex_matches(pattern, names)
     end = r"(?!\d)" if pattern[-1:].isdigit() else ""
     return [name for name in names if re.search(re.escape(pattern) + end, name)]
+
+
+def _is_regex(pattern: str) -> bool:
+    try:
+        re.compile(pattern)
+    except re.error:
+        return False
+    return True
 
 
 def _regex_matches(pattern: str, names: list[str]) -> list[str]:
@@ -194,7 +203,7 @@ def _scheme_fields(value: Any) -> dict[str, Any]:
     if isinstance(value, bool):
         raise ConfigError(f"{value} is no scheme: give scheme fields, a preset name or a number of bits")
     if isinstance(value, int):
-        return {"bits": value}
+        value = {"bits": value}
     if isinstance(value, str):
         return preset_name_to_scheme(value).to_dict()
     if isinstance(value, QuantizationScheme):

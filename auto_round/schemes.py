@@ -47,12 +47,10 @@ class QuantizationScheme:
 
     def __post_init__(self) -> None:
         problems = []
-        if (
-            isinstance(self.bits, bool)
-            or not isinstance(self.bits, int)
-            or not (2 <= self.bits <= 8 or self.bits == 16)
-        ):
-            problems.append(f"bits={self.bits!r} (allowed: 2 to 8, or 16 to leave the weight as it is)")
+        for name, what in (("bits", "the weight as it is"), ("act_bits", "activations alone")):
+            width = getattr(self, name)
+            if isinstance(width, bool) or not isinstance(width, int) or not (2 <= width <= 8 or width == 16):
+                problems.append(f"{name}={width!r} (allowed: 2 to 8, or 16 to leave {what})")
         if isinstance(self.group_size, bool) or not isinstance(self.group_size, int) or self.group_size < -1:
             problems.append(f"group_size={self.group_size!r} (allowed: a positive number, -1 per row, 0 per tensor)")
         if not isinstance(self.sym, bool):

@@ -23,7 +23,7 @@ def unpack_rows(words_RW: Tensor, bits: int) -> Tensor:
         words_RW: int32, whole units of 32 / gcd(32, bits) codes.
         bits: 1 to 8.
     """
-    bytes_ = words_RW.contiguous().view(torch.uint8)
+    bytes_ = _bytes(words_RW)
     if bits == 8:
         return bytes_
     mask = 2**bits - 1
@@ -44,6 +44,11 @@ def unpack_rows(words_RW: Tensor, bits: int) -> Tensor:
 
 def unpack_awq_columns(words_WR: Tensor) -> Tensor:
     """Returns (W * 8, R) uint8 codes of AWQ words given transposed: each word holds eight rows of the result."""
-    bytes_ = words_WR.contiguous().view(torch.uint8).unflatten(-1, (-1, 4))
+    bytes_ = _bytes(words_WR).unflatten(-1, (-1, 4))
     parts = [(bytes_[..., shift // 8] >> (shift % 8)) & 15 for shift in AWQ_SHIFTS]
     return torch.stack(parts, dim=1).flatten(0, 1)
+
+
+def _bytes(words_RW: Tensor) -> Tensor:
+    """Returns (R, W * 4) uint8. By way of one dimension: a single column counts as contiguous whatever its stride."""
+    return words_RW.contiguous().view(-1).view(torch.uint8).view(words_RW.shape[0], -1)

@@ -74,11 +74,22 @@ class QuantizedLinear(nn.Module):
 
     Buffers: the layout's tensors (`qweight`, `qzeros`, `scales`), `g_idx` and `bias` where the spec has them. They are
     filled by the loader; then `settle` checks and arranges them and `prepare` makes the kernel.
+
+    Args:
+        spec: what the layer is.
+        make_kernel: makes, from the settled layer, the module that is called as `kernel(layer, x)`.
+        device: where the buffers are created ("meta" before loading).
     """
 
-    def __init__(self, spec: LayerSpec, device: torch.device | str | None = None) -> None:
+    def __init__(
+        self,
+        spec: LayerSpec,
+        make_kernel: Callable[[QuantizedLinear], nn.Module],
+        device: torch.device | str | None = None,
+    ) -> None:
         super().__init__()
         self.spec = spec
+        self.make_kernel = make_kernel
         self.in_features, self.out_features = spec.in_features, spec.out_features
         for name, (shape, dtype) in spec.buffers().items():
             self.register_buffer(name, torch.empty(shape, dtype=dtype, device=device))
@@ -106,9 +117,9 @@ class QuantizedLinear(nn.Module):
                 )
             self.g_idx = self.sequential_groups().to(self.g_idx)
 
-    def prepare(self, make_kernel: Callable[[QuantizedLinear], nn.Module]) -> None:
+    def prepare(self) -> None:
         """Makes the kernel from the settled buffers."""
-        self.kernel = make_kernel(self)
+        self.kernel = self.make_kernel(self)
 
     def sequential_groups(self) -> Tensor:
         """Returns (I,) int64: the group of each input feature when groups follow each other."""

@@ -7,8 +7,8 @@ parameters, layer by layer, so that the block's graph never holds the quantizer'
 Scales start from an importance-weighted search and clip factors may move both ways around it; the paper starts from the
 min-max range, which costs about 1.5 perplexity more at 2 bits asymmetric (docs/algorithms.md has the figures).
 
-With `enable_alg_ext` the sign step also sees the curvature of each weight, so that it settles instead of flipping between
-two codes, may travel further at 2 and 3 bits, and the last step is kept, no best copy.
+With `enable_alg_ext` the sign step also sees the curvature of each weight, so that it settles instead of flipping
+between two codes, may travel further at 2 and 3 bits, and the last step is kept, no best copy.
 """
 
 from __future__ import annotations

@@ -35,6 +35,8 @@ STATED_LICENCES = (
     ("public domain", re.compile(r"This document (has been|is) placed in the\s+public domain")),
     ("Apache-2.0", re.compile(r"SPDX-License-Identifier: Apache-2\.0|under the Apache License,? (Version )?2\.0")),
 )
+# "Over the River" (Galsworthy, 1933) is labelled public domain but is not so everywhere; its excerpts stay out.
+WITHHELD = re.compile(r"\b(Dornford|Condaford)\b")
 
 
 @dataclass(frozen=True)
@@ -75,6 +77,8 @@ def partition_of(text: str) -> str:
 
 def licence_of(document: Document) -> str | None:
     """Return the licence under which a document may be passed on, or None if neither source nor text tells."""
+    if WITHHELD.search(document.text):
+        return None
     licence = SOURCE_LICENCES.get(document.source)
     if licence is not None:
         return licence

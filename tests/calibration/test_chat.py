@@ -38,7 +38,7 @@ def test_contents_of_several_parts_give_their_text(tokenizer):
 
 
 def test_a_missing_template_is_an_error(tokenizer):
-    with pytest.raises(ConfigError, match="this tokenizer has none. Leave the option"):
+    with pytest.raises(ConfigError, match=r"this tokenizer has none\. Leave the option"):
         render(["3"], tokenizer, apply_chat_template=True)
 
 

@@ -45,7 +45,7 @@ def answering_hub(monkeypatch):
             pass
 
     server = HTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
     monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{server.server_port}")
     yield
     server.shutdown()
@@ -156,8 +156,8 @@ def test_rows_that_are_lines_become_one_document():
 
 
 def test_the_missing_package_is_named(monkeypatch):
-    monkeypatch.setattr(importlib.util, "find_spec", lambda package: None)
-    with pytest.raises(MissingDependencyError, match="owner/some-Data_set needs .* pip install datasets"):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
+    with pytest.raises(MissingDependencyError, match=r"owner/some-Data_set needs .* pip install datasets"):
         hub.read_hub_documents(ENTRY, (), NO_LIMIT)
 
 

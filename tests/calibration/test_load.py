@@ -104,7 +104,7 @@ def test_a_short_dataset_beside_a_long_one_is_padded(text_file, tmp_path, tokeni
         ([None, 256, None], 512, [128, 256, 128]),
         ([10, 20], 128, [10, 20]),
         ([256], 128, [128]),
-        ([None, 256, None], 128, [43, 42, 43]),
+        ([None, 256, None], 128, [43, 43, 42]),
         ([100, 5, None], 90, [43, 5, 42]),
         ([1, 1], 2, [1, 1]),
     ],
@@ -169,7 +169,7 @@ def test_too_few_samples_are_a_warning(text_file, tokenizer, caplog):
 
 
 def test_unusable_samples_are_counted_in_a_warning(caplog):
-    load_calibration([[1, 2], [3], []], nsamples=1, seqlen=2)
+    load_calibration([[1, 2], [3], torch.ones(0, dtype=torch.int64)], nsamples=1, seqlen=2)
     assert "2 samples have under two tokens" in caplog.text
 
 
@@ -225,11 +225,11 @@ def test_text_needs_a_tokenizer(text_file):
 def test_importing_calibration_is_light():
     code = (
         "import sys, auto_round.calibration;"
-        "sys.exit(str({'transformers', 'datasets', 'huggingface_hub', 'jinja2'} & set(sys.modules)).replace('set()', ''))"
+        "print({'transformers', 'datasets', 'huggingface_hub', 'jinja2'} & set(sys.modules))"
     )
     root = Path(__file__).parents[2]
     done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    assert done.stdout == "set()\n", done.stderr
 
 
 @pytest.mark.skipif(not (SHARED / "text/tinystories.txt").is_file(), reason="needs ../shared")

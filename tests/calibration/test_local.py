@@ -91,5 +91,5 @@ def test_unreadable_content_says_where(tmp_path, name, content, message):
 
 def test_a_file_that_is_not_utf8(tmp_path):
     (tmp_path / "a.txt").write_bytes(b"\xff\xfe1")
-    with pytest.raises(CalibrationError, match="a.txt is not UTF-8 text"):
+    with pytest.raises(CalibrationError, match=r"a\.txt is not UTF-8 text"):
         read_documents(tmp_path / "a.txt")

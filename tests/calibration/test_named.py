@@ -24,7 +24,7 @@ def test_reference_names_are_known(name):
     assert name in DATASETS
 
 
-@pytest.mark.parametrize("name", DATASETS)
+@pytest.mark.parametrize("name", list(DATASETS))
 def test_entries_are_complete(name):
     entry = DATASETS[name]
     assert entry.hub_path.count("/") == 1

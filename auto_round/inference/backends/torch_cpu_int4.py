@@ -15,6 +15,10 @@ from auto_round.inference.backends.base import Backend, register_backend
 from auto_round.inference.backends.torch_any import DequantizeKernel, unpack_codes
 from auto_round.inference.layer import QuantizedLinear
 
+# Above this many tokens dequantizing wins. Measured on 4096 x 4096, one AVX-512 core: the operator takes 0.39 ms a
+# token, bfloat16 linear 0.16 ms a token plus 15 ms for dequantizing.
+MAX_TOKENS = 64
+
 
 class CpuInt4Kernel(nn.Module):
     """Computes a layer with `_weight_int4pack_mm_for_cpu`, or by dequantizing where that is not possible or slower.
@@ -61,8 +65,6 @@ class CpuInt4Kernel(nn.Module):
         served = x.dtype == self.scale_and_zero.dtype == torch.bfloat16 and x.device.type == "cpu"
         return served and not needs_gradient and 0 < tokens <= MAX_TOKENS
 
-
-MAX_TOKENS = 512
 
 register_backend(
     Backend(

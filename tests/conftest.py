@@ -1,0 +1,87 @@
+"""Fixtures that several folders of tests use."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from hypothesis import settings
+
+SHARED = Path(__file__).resolve().parents[2] / "shared"
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """Returns the folder of models, texts and golden checkpoints beside the repository; skips where it is absent."""
+    if not SHARED.is_dir():
+        pytest.skip(f"{SHARED} is not there")
+    return SHARED
+
+
+# Two shared cores: the time of one example says nothing about the code.
+settings.register_profile("no_deadline", deadline=None)
+settings.load_profile("no_deadline")
+
+
+# Sizes that every tiny model shares; hidden 64 keeps two groups of 32 in a row.
+COMMON = {"vocab_size": 96, "hidden_size": 64, "num_hidden_layers": 2, "max_position_embeddings": 64}
+HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "intermediate_size": 128}
+TINY = {
+    "llama": ("Llama", {**COMMON, **HEADS}),
+    "qwen3": ("Qwen3", {**COMMON, **HEADS}),
+    "gemma3": (
+        "Gemma3",
+        {
+            **COMMON,
+            **HEADS,
+            "num_hidden_layers": 3,
+            "sliding_window": 4,
+            "layer_types": ["sliding_attention", "sliding_attention", "full_attention"],
+        },
+    ),
+    "opt": ("OPT", {**COMMON, "ffn_dim": 128, "num_attention_heads": 4, "word_embed_proj_dim": 64, "dropout": 0.0}),
+    "gpt2": ("GPT2", {"vocab_size": 96, "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 64}),
+    "qwen3_moe": (
+        "Qwen3Moe",
+        {**COMMON, **HEADS, "moe_intermediate_size": 32, "num_experts": 4, "num_experts_per_tok": 2},
+    ),
+}
+SPECIAL_IDS = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 1}
+
+
+@pytest.fixture(scope="session")
+def make_model() -> Callable[..., Any]:
+    """Returns make(kind, **config) -> a tiny random causal language model, the same weights each time."""
+
+    def make(kind: str = "llama", **changes: Any) -> Any:
+        family, values = TINY[kind]
+        suffix = "TextConfig" if kind == "gemma3" else "Config"
+        config = getattr(transformers, family + suffix)(
+            **{"initializer_range": 0.1, "tie_word_embeddings": False, **SPECIAL_IDS, **values, **changes}
+        )
+        with torch.random.fork_rng():
+            torch.manual_seed(7)
+            head = "LMHeadModel" if kind == "gpt2" else "ForCausalLM"
+            return getattr(transformers, family + head)(config).eval()
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def token_ids() -> Callable[..., torch.Tensor]:
+    """Returns make(samples, tokens, seed) -> random token ids that every tiny model knows."""
+
+    def make(samples: int = 8, tokens: int = 16, seed: int = 0) -> torch.Tensor:
+        return torch.randint(2, 96, (samples, tokens), generator=torch.Generator().manual_seed(seed))
+
+    return make
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> None:
+    """Keeps torch to one thread: tiny tensors gain nothing, and sums keep one order."""
+    torch.set_num_threads(1)

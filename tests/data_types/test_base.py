@@ -1,0 +1,141 @@
+"""What every data type must do, and the straight-through functions they share."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from auto_round.data_types import DATA_TYPES
+from auto_round.data_types.base import cast_ste, round_ste
+from auto_round.schemes import QuantizationScheme
+
+# A new data type is tested here by its entry.
+SCHEMES = {
+    "int": [
+        QuantizationScheme(bits=bits, group_size=group_size, sym=sym, scale_dtype=scale_dtype)
+        for bits in (2, 3, 4, 5, 6, 7, 8)
+        for group_size, scale_dtype in ((32, "fp16"), (-1, "bf16"), (0, "fp32"))
+        for sym in (True, False)
+    ],
+}
+CASES = [pytest.param(scheme, id=f"{scheme} {scheme.scale_dtype}") for rows in SCHEMES.values() for scheme in rows]
+SHAPE = (6, 80)
+
+
+def random_weight(seed: int = 0) -> torch.Tensor:
+    return torch.randn(SHAPE, generator=torch.Generator().manual_seed(seed)) * 0.05
+
+
+def moved(params: dict[str, torch.Tensor], seed: int = 1) -> dict[str, torch.Tensor]:
+    """Returns parameters as tuning leaves them: offsets in [-0.5, 0.5], clip factors in [0.7, 1]."""
+    generator = torch.Generator().manual_seed(seed)
+    drawn = {name: torch.rand(value.shape, generator=generator) for name, value in params.items()}
+    return {name: value - 0.5 if name == "rounding" else 0.7 + 0.3 * value for name, value in drawn.items()}
+
+
+def test_every_data_type_is_tested_here():
+    assert set(DATA_TYPES) == set(SCHEMES)
+
+
+@pytest.mark.parametrize("name", SCHEMES)
+def test_a_data_type_knows_its_name(name):
+    assert DATA_TYPES[name].name == name
+
+
+@pytest.mark.parametrize("scheme", CASES)
+def test_encoded_weights_are_exactly_the_fake_quantized_ones(scheme):
+    data_type, weight = DATA_TYPES[scheme.data_type], random_weight()
+    for range_ in (data_type.minmax_range(weight, scheme), data_type.search_range(weight, scheme, None)):
+        for params in (data_type.trainable(weight, scheme), moved(data_type.trainable(weight, scheme))):
+            encoded = data_type.encode(weight, scheme, range_, params)
+            fake = data_type.fake_quantize(weight, scheme, range_, params)
+            assert torch.equal(encoded.dequantize(), fake)
+            assert encoded.shape == SHAPE
+            assert encoded.scheme == scheme
+            assert int(encoded.codes.max()) < 2**scheme.bits
+            dtype = getattr(torch, scheme.scale_dtype)
+            assert torch.equal(encoded.scale, encoded.scale.to(dtype).float())
+
+
+@pytest.mark.parametrize("scheme", CASES)
+def test_fresh_parameters_are_float32_and_do_nothing(scheme):
+    data_type, weight = DATA_TYPES[scheme.data_type], random_weight().bfloat16()
+    params = data_type.trainable(weight, scheme)
+    assert all(value.dtype == torch.float32 for value in params.values())
+    assert not params["rounding"].any()
+    assert all((value == 1).all() for name, value in params.items() if name != "rounding")
+
+
+@pytest.mark.parametrize("scheme", CASES)
+def test_the_rounding_state_says_where_weights_stand(scheme):
+    data_type, weight = DATA_TYPES[scheme.data_type], random_weight()
+    range_ = data_type.minmax_range(weight, scheme)
+    params = moved(data_type.trainable(weight, scheme))
+    state = data_type.rounding_state(weight, scheme, range_, params)
+    assert state.residual.abs().max() <= 0.5
+    assert state.in_range.dtype == torch.bool
+    # Where nothing was cut, W_hat = scale * (W / scale + V - residual).
+    width = weight.shape[1]
+    cells = [x.expand_as(params["rounding"]).flatten(1)[:, :width] for x in (state.scale, state.residual)]
+    offset, inside = (x.flatten(1)[:, :width] for x in (params["rounding"], state.in_range))
+    expected = cells[0] * ((weight / cells[0] + offset) - cells[1])
+    fake = data_type.fake_quantize(weight, scheme, range_, params)
+    # Two roundings of values up to the largest weight in float32.
+    assert torch.allclose(fake[inside], expected[inside], rtol=0, atol=4 * 2.0**-24 * float(weight.abs().max()) * 2)
+
+
+@pytest.mark.parametrize("scheme", CASES)
+def test_gradients_reach_every_parameter_and_are_finite(scheme):
+    data_type, weight = DATA_TYPES[scheme.data_type], random_weight()
+    params = {name: value.requires_grad_() for name, value in data_type.trainable(weight, scheme).items()}
+    fake = data_type.fake_quantize(weight, scheme, data_type.minmax_range(weight, scheme), params)
+    (fake - weight).square().sum().backward()
+    for name, value in params.items():
+        assert value.grad is not None, name
+        assert value.grad.isfinite().all(), name
+        assert value.grad.any(), name
+
+
+@pytest.mark.parametrize("scheme", CASES)
+def test_nothing_is_changed_in_place(scheme):
+    data_type, weight = DATA_TYPES[scheme.data_type], random_weight()
+    before = weight.clone()
+    range_ = data_type.search_range(weight, scheme, torch.ones(SHAPE[1]))
+    kept = {name: value.clone() for name, value in range_.items()}
+    data_type.encode(weight, scheme, range_, data_type.trainable(weight, scheme))
+    assert torch.equal(weight, before)
+    assert all(torch.equal(range_[name], kept[name]) for name in kept)
+
+
+@pytest.mark.parametrize("scheme", CASES)
+def test_sixteen_bit_weights_are_computed_in_float32(scheme):
+    data_type, weight = DATA_TYPES[scheme.data_type], random_weight().bfloat16()
+    results = [
+        data_type.encode(w, scheme, data_type.minmax_range(w, scheme), data_type.trainable(w, scheme)).dequantize()
+        for w in (weight, weight.float())
+    ]
+    assert torch.equal(*results)
+
+
+def test_rounding_goes_to_even_and_lets_the_gradient_through():
+    x = torch.tensor([-1.5, -0.5, 0.5, 1.5, 2.4], requires_grad=True)
+    rounded = round_ste(x)
+    assert rounded.tolist() == [-2, 0, 0, 2, 2]
+    (rounded * torch.arange(5.0)).sum().backward()
+    assert x.grad.tolist() == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("name", ["float16", "bfloat16", "float32"])
+def test_a_cast_is_exact_and_lets_the_gradient_through(name):
+    x = torch.randn(1000, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    cast = cast_ste(x, name)
+    assert torch.equal(cast, x.to(getattr(torch, name)).float())
+    cast.sum().backward()
+    assert (x.grad == 1).all()
+
+
+@pytest.mark.parametrize("name", ["float16", "bfloat16", "float32"])
+def test_a_cast_of_too_large_a_number_stays_finite(name):
+    largest = torch.finfo(getattr(torch, name)).max
+    x = torch.tensor([3e38, -3e38, 1e6, -1e6])
+    assert torch.equal(cast_ste(x, name), x.clamp(-largest, largest).to(getattr(torch, name)).float())

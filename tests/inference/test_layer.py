@@ -1,0 +1,97 @@
+import copy
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from auto_round.errors import CheckpointError
+from auto_round.inference.layer import LayerSpec
+from auto_round.schemes import QuantizationScheme
+
+
+def spec_of(**fields):
+    scheme = QuantizationScheme(bits=fields.pop("bits", 4), group_size=fields.pop("group_size", 32), sym=False)
+    return LayerSpec(
+        **{"name": "up", "in_features": 96, "out_features": 32, "scheme": scheme, "layout": "gptq"} | fields
+    )
+
+
+def test_buffers_have_the_names_and_shapes_of_the_layout():
+    buffers = spec_of(bias=True, group_index=True, dtype=torch.bfloat16).buffers()
+    assert buffers == {
+        "qweight": ((12, 32), torch.int32),
+        "qzeros": ((3, 4), torch.int32),
+        "scales": ((3, 32), torch.float32),
+        "g_idx": ((96,), torch.int32),
+        "bias": ((32,), torch.bfloat16),
+    }
+
+
+def test_settling_and_preparing_leave_the_stored_tensors_as_they_were(make_case):
+    case = make_case(spec_of(bias=True))
+    before = copy.deepcopy(case.layer.state_dict())
+    case.layer.scales = case.layer.scales.float()
+    after = case.ready().layer.state_dict()
+    assert list(after) == list(before)
+    assert all(torch.equal(after[name], before[name]) and after[name].dtype == before[name].dtype for name in before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+def test_scales_settle_in_the_narrowest_exact_dtype(make_case, dtype):
+    case = make_case(spec_of())
+    value = {torch.float16: 1 + 2**-10, torch.bfloat16: 2.0**100, torch.float32: 1 + 2**-20}[dtype]
+    case.layer.scales = torch.full_like(case.layer.scales, value, dtype=torch.float32)
+    case.layer.settle()
+    assert case.layer.scales.dtype == dtype
+    assert bool((case.layer.scales.float() == value).all())
+
+
+def test_casting_the_layer_keeps_its_scales(make_case):
+    case = make_case(spec_of(bias=True)).ready()
+    x = torch.randn(3, 96)
+    before = case.layer(x)
+    case.layer.to(torch.bfloat16)
+    assert case.layer.scales.dtype == torch.float16
+    assert case.layer.bias.dtype == torch.bfloat16
+    case.layer.bias = case.bias
+    assert torch.equal(case.layer(x), before)
+
+
+def test_a_copied_layer_computes_the_same(make_case):
+    layer = make_case(spec_of()).ready().layer
+    x = torch.randn(2, 96)
+    assert torch.equal(copy.deepcopy(layer)(x), layer(x))
+
+
+@pytest.mark.parametrize("garbage", [0, -1, 10**9], ids=["zeros", "negative", "huge"])
+def test_an_uninitialised_group_index_becomes_sequential(make_case, garbage):
+    case = make_case(spec_of(group_index=True))
+    case.layer.g_idx = torch.full((96,), garbage, dtype=torch.int32)
+    layer = case.ready().layer
+    assert layer.g_idx.tolist() == [0] * 32 + [1] * 32 + [2] * 32
+    x = torch.randn(2, 96)
+    assert torch.equal(layer(x), F.linear(x, case.weight))
+
+
+def test_an_invalid_group_index_is_an_error_when_it_matters(make_case):
+    case = make_case(spec_of(group_index=True, act_order=True))
+    case.layer.g_idx = torch.zeros(96, dtype=torch.int32)
+    with pytest.raises(CheckpointError, match=r"up\.g_idx is missing or not a permutation .* desc_act=true"):
+        case.layer.settle()
+
+
+def test_a_group_index_out_of_order_is_kept(make_case):
+    case = make_case(spec_of(group_index=True, act_order=True), shuffled=True)
+    stored = case.layer.g_idx.clone()
+    case.layer.settle()
+    assert torch.equal(case.layer.g_idx, stored)
+    assert not case.layer.has_ordered_groups()
+
+
+def test_calling_before_post_init_says_so(make_case):
+    with pytest.raises(AssertionError, match="up: post_init was not called"):
+        make_case(spec_of()).layer(torch.randn(1, 96))
+
+
+def test_printing_a_layer_shows_its_scheme(make_case):
+    assert "96, 32, int4 g32 asym, layout=gptq, bias=False" in repr(make_case(spec_of()).layer)

@@ -1,0 +1,352 @@
+import copy
+import dataclasses
+import math
+
+import pytest
+import torch
+
+from auto_round.blocks import Block
+from auto_round.calibration import CalibrationSet
+from auto_round.config import TuneConfig
+from auto_round.data_types import DATA_TYPES
+from auto_round.schemes import QuantizationScheme
+from auto_round.tensors import to_groups
+from auto_round.tuning import PlainRounding, SearchedRounding, SignRound
+from auto_round.tuning.sign_round import CLIP_BOUNDS, _BlockRun, _decay
+
+W2 = QuantizationScheme(bits=2, group_size=32)
+W2A = QuantizationScheme(bits=2, group_size=32, sym=False)
+W4 = QuantizationScheme(bits=4, group_size=32)
+
+
+def config_of(**changes):
+    return TuneConfig(**{"iters": 20, "batch_size": 4, **changes})
+
+
+def tune(task, **changes):
+    return SignRound()(task, config_of(**changes))
+
+
+def output_error(task, result, samples=None):
+    """Returns the mean squared error of the block's output, in double precision sums, over some or all samples."""
+    replaced = {n: task.as_parameter(n, w.dequantize()) for n, w in result.weights.items()} | dict(result.plain)
+    samples = torch.arange(len(task.inputs)) if samples is None else samples
+    with torch.no_grad():
+        output = task.block.forward(task.inputs[samples], samples, replaced)
+    return float((output - task.targets[samples]).double().square().mean())
+
+
+def assert_same_weights(one, other):
+    assert one.weights.keys() == other.weights.keys()
+    for name, weight in one.weights.items():
+        assert torch.equal(weight.codes, other.weights[name].codes), name
+        assert torch.equal(weight.scale, other.weights[name].scale), name
+        if weight.zero_point is not None:
+            assert torch.equal(weight.zero_point, other.weights[name].zero_point), name
+
+
+def share_of_other_codes(one, other):
+    differing = sum(int((w.codes != other.weights[n].codes).sum()) for n, w in one.weights.items())
+    return differing / sum(w.codes.numel() for w in one.weights.values())
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+@pytest.mark.parametrize("scheme", [W2, W2A, W4], ids=["w2", "w2asym", "w4"])
+def test_tuning_ends_below_rounding_to_nearest(kind, scheme, make_task, make_model):
+    task = make_task(scheme, model=make_model(kind))
+    result = tune(task, iters=40)
+    assert result.best_loss < result.first_loss
+    plain, searched = PlainRounding()(task, config_of()), SearchedRounding()(task, config_of())
+    assert output_error(task, result) < min(output_error(task, plain), output_error(task, searched))
+
+
+def test_losses_are_the_block_error_on_the_first_two_batches(make_task):
+    task = make_task(W2)
+    result = tune(task, batch_size=2)
+    samples = torch.arange(4)
+    # float32 sums of 4096 squares against float64: relative error well below 4096 * 2**-24
+    assert result.best_loss == pytest.approx(output_error(task, result, samples), rel=2e-4)
+    searched = SearchedRounding()(task, config_of())
+    assert result.first_loss == pytest.approx(output_error(task, searched, samples), rel=2e-4)
+
+
+def test_the_same_seed_gives_the_same_bits_and_another_other_codes(make_task):
+    first, again, other = (tune(make_task(W2, seed=seed), batch_size=2) for seed in (1, 1, 2))
+    assert_same_weights(first, again)
+    assert share_of_other_codes(first, other) > 0
+
+
+def test_the_task_is_not_changed(make_task):
+    task = make_task(W2)
+    kept = {name: tensor.clone() for name, tensor in task.block.tensors.items()}
+    modules = [(id(m), len(m._forward_hooks), sorted(vars(m))) for m in task.block.modules[0].modules()]
+    inputs, targets = task.inputs.clone(), task.targets.clone()
+    tune(task, iters=3, enable_alg_ext=True, enable_norm_bias_tuning=True)
+    assert all(torch.equal(tensor, kept[name]) for name, tensor in task.block.tensors.items())
+    assert modules == [(id(m), len(m._forward_hooks), sorted(vars(m))) for m in task.block.modules[0].modules()]
+    assert all(p.grad is None for p in task.block.modules[0].parameters())
+    assert torch.equal(task.inputs, inputs)
+    assert torch.equal(task.targets, targets)
+
+
+def test_accumulated_batches_see_the_samples_and_gradients_of_one_large_batch(make_task):
+    """The same four samples a step, and equal up to the order of float32 sums: matrix products over two samples at a
+    time are added, so neither losses nor gradients can be the same bits. Signs of gradients near zero may then differ,
+    which is why codes are not compared."""
+    task = make_task(W2)
+    one, two = config_of(batch_size=4), config_of(batch_size=2, gradient_accumulate_steps=2)
+    samples = torch.tensor([6, 1, 3, 0])
+    runs = [_BlockRun(task, config) for config in (one, two)]
+    (loss, gradients), (loss_two, gradients_two) = (
+        run.loss_and_gradients(samples, run.dequantized(requires_grad=True)) for run in runs
+    )
+    # 4 samples x 16 tokens are summed: relative error of a sum is below n * 2**-24 of its absolute terms
+    assert float(loss_two) == pytest.approx(float(loss), rel=1e-5)
+    for name, gradient in gradients.items():
+        assert torch.allclose(gradient, gradients_two[name], rtol=0, atol=1e-5 * float(gradient.abs().max())), name
+
+
+@pytest.mark.parametrize("split", [(4, 1), (2, 2), (1, 4)], ids=["4x1", "2x2", "1x4"])
+def test_loss_and_gradients_are_those_of_the_mean_squared_error(split, make_task):
+    """Oracle: autograd through the whole output of the four samples at once, in one formula."""
+    task = make_task(W2A)
+    run = _BlockRun(task, config_of(batch_size=split[0], gradient_accumulate_steps=split[1]))
+    samples = torch.tensor([5, 2, 7, 4])
+    loss, gradients = run.loss_and_gradients(samples, run.dequantized(requires_grad=True))
+    leaves = run.dequantized(requires_grad=True)
+    expected = (task.block.forward(task.inputs[samples], samples, leaves) - task.targets[samples]).square().mean()
+    expected.backward()
+    assert float(loss) == pytest.approx(float(expected), rel=1e-5)
+    for name, leaf in leaves.items():
+        assert torch.allclose(gradients[name], leaf.grad, rtol=0, atol=1e-5 * float(leaf.grad.abs().max())), name
+
+
+def losses_seen(monkeypatch):
+    """Records the loss of every step and the rounding offsets that gave it."""
+    seen = []
+    original = _BlockRun._note_loss
+
+    def note(self, loss):
+        seen.append((float(loss), [tensor.clone() for tensor in self._all_params()]))
+        original(self, loss)
+
+    monkeypatch.setattr(_BlockRun, "_note_loss", note)
+    return seen
+
+
+def test_the_parameters_of_the_least_loss_are_kept(make_task, monkeypatch):
+    seen = losses_seen(monkeypatch)
+    task = make_task(W2)
+    run = _BlockRun(task, config_of(batch_size=2, lr=0.2, iters=15))
+    kept = run.descend()
+    least = min(range(15), key=lambda step: seen[step][0])
+    assert kept == least
+    assert all(torch.equal(a, b) for a, b in zip(run._all_params(), seen[least][1], strict=True))
+
+
+def test_not_use_best_mse_keeps_the_last_step(make_task, monkeypatch):
+    seen = losses_seen(monkeypatch)
+    task = make_task(W2)
+    run = _BlockRun(task, config_of(batch_size=2, lr=0.2, iters=15, not_use_best_mse=True))
+    assert run.descend() == 15
+    assert len(seen) == 15
+    last = [tensor.clone() for tensor in run._all_params()]
+    assert not any(torch.equal(a, b) for a, b in zip(last, seen[-1][1], strict=True) if a.ndim == 3 and a.shape[-1] > 1)
+    assert tune(task, iters=15, not_use_best_mse=True).best_step == 15
+
+
+def test_dynamic_max_gap_stops_after_so_many_steps_without_a_better_loss(make_task, monkeypatch):
+    seen = losses_seen(monkeypatch)
+    run = _BlockRun(make_task(W4), config_of(iters=200, lr=0.5, lr_scheduler="constant", dynamic_max_gap=3))
+    best = run.descend()
+    losses = [loss for loss, _ in seen]
+    assert len(losses) < 200
+    assert best == losses.index(min(losses))
+    assert len(losses) == best + 3 + 1
+
+
+@pytest.mark.parametrize("extra", [{}, {"adam": True}, {"enable_alg_ext": True}], ids=["sign", "adam", "alg_ext"])
+def test_without_minmax_tuning_the_clip_factors_stay_one(extra, make_task):
+    run = _BlockRun(make_task(W2A), config_of(enable_minmax_tuning=False, not_use_best_mse=True, **extra))
+    run.descend()
+    for tuned in run.weights.values():
+        assert torch.equal(tuned.params["max_scale"], torch.ones_like(tuned.params["max_scale"]))
+        assert torch.equal(tuned.params["min_scale"], torch.ones_like(tuned.params["min_scale"]))
+        assert tuned.params["rounding"].abs().max() > 0
+
+
+def test_parameters_stay_in_their_bounds(make_task):
+    run = _BlockRun(make_task(W2A), config_of(lr=5.0, minmax_lr=5.0, not_use_best_mse=True, iters=3))
+    run.descend()
+    for tuned in run.weights.values():
+        assert float(tuned.params["rounding"].abs().max()) == 0.5
+        clips = torch.cat([tuned.params["max_scale"], tuned.params["min_scale"]])
+        assert (float(clips.min()), float(clips.max())) == CLIP_BOUNDS
+
+
+def test_alg_ext_lets_offsets_travel_a_whole_step_up_to_three_bits(make_task):
+    for scheme, reach in ((W2, 1.0), (W4, 0.5)):
+        run = _BlockRun(make_task(scheme), config_of(lr=5.0, iters=3, enable_alg_ext=True))
+        run.descend()
+        assert {float(tuned.params["rounding"].abs().max()) for tuned in run.weights.values()} == {reach}
+
+
+def test_the_first_step_moves_every_offset_by_lr_against_its_gradient(make_task):
+    """Worked by hand: at zero offsets the straight-through gradient of an offset is scale * dL/dW inside the grid."""
+    task = make_task(W2, names=("down_proj",))
+    run = _BlockRun(task, config_of(iters=10, not_use_best_mse=True))
+    run.decay.fill_(1.0)
+    _, gradients = run.loss_and_gradients(torch.arange(4), run.dequantized(requires_grad=True))
+    (tuned,) = run.weights.values()
+    state = tuned.data_type.rounding_state(tuned.weight, tuned.scheme, tuned.range_, tuned.params)
+    (gradient,) = gradients.values()
+    expected = -0.1 * torch.sign(state.scale * to_groups(gradient, 32)) * state.in_range
+    run.step(torch.arange(4))
+    assert torch.equal(tuned.params["rounding"], expected)
+
+
+def test_the_step_size_decays_as_the_schedule_says():
+    decay = {
+        kind: [_decay(config_of(iters=4, lr_scheduler=kind), step) for step in range(4)]
+        for kind in ("linear", "cosine", "constant")
+    }
+    assert decay["linear"] == [1.0, 0.75, 0.5, 0.25]
+    assert decay["cosine"] == pytest.approx([1.0, 0.5 + math.sqrt(0.125), 0.5, 0.5 - math.sqrt(0.125)])
+    assert decay["constant"] == [1.0] * 4
+
+
+@pytest.mark.parametrize("kind", ["llama", "opt"])
+def test_norm_and_bias_tuning_returns_plain_tensors(kind, make_task, make_model):
+    model = make_model(kind)
+    task = make_task(W2, model=model)
+    result = tune(task, enable_norm_bias_tuning=True, minmax_lr=0.05)
+    layer = task.block.modules[0]
+    one_dimensional = {f"{task.block.names[0]}.{n}" for n, p in layer.named_parameters() if p.ndim == 1}
+    assert set(result.plain) == one_dimensional
+    assert one_dimensional
+    for name, tensor in result.plain.items():
+        original = model.get_parameter(name)
+        assert (tensor.shape, tensor.dtype, tensor.requires_grad) == (original.shape, original.dtype, False)
+        assert not tensor.data_ptr() == original.data_ptr()
+    norms = [name for name in result.plain if "norm" in name and name.endswith("weight")]
+    assert any(not torch.equal(result.plain[name], model.get_parameter(name)) for name in norms)
+    # The plain tensors belong to the kept step: together with the weights they give the reported loss.
+    assert result.best_loss == pytest.approx(output_error(task, result), rel=2e-4)
+    assert tune(task).plain == {}
+
+
+def test_adam_lowers_the_loss_another_way(make_task):
+    task = make_task(W2)
+    adam, sign = tune(task, adam=True), tune(task)
+    assert adam.best_loss < adam.first_loss
+    assert share_of_other_codes(adam, sign) > 0
+
+
+def test_alg_ext_is_better_than_plain_sign_steps_on_average(make_task):
+    gains = []
+    for seed in range(4):
+        task = make_task(W2A, seed=seed)
+        plain, extended = tune(task, iters=50), tune(task, iters=50, enable_alg_ext=True)
+        gains.append(math.log(output_error(task, plain) / output_error(task, extended)))
+    assert sum(gains) / len(gains) > 0
+
+
+def test_curvature_pulls_an_offset_to_the_nearest_level(make_task):
+    """Formula of the module's docstring, evaluated for one weight at a time with plain numbers."""
+    task = make_task(W2, names=("o_proj",))
+    run = _BlockRun(task, config_of(enable_alg_ext=True))
+    (tuned,) = run.weights.values()
+    tuned.params["rounding"].uniform_(-0.4, 0.4, generator=torch.Generator().manual_seed(0))
+    found = tuned.curvature_correction()
+    scale, curvature = tuned.range_["scale"], tuned.curvature
+    for o, g, k in [(0, 0, 0), (5, 1, 31), (63, 0, 7), (31, 1, 2)]:
+        s = float(scale[o, g, 0].to(torch.float16))
+        latent = float(tuned.weight[o, g * 32 + k]) / s + float(tuned.params["rounding"][o, g, k])
+        inside = 0 <= round(latent) + 2 <= 3
+        expected = 0.5 * s * s * float(curvature[o, g, k]) * (latent - round(latent)) * inside
+        assert float(found[o, g, k]) == pytest.approx(expected, rel=1e-4, abs=1e-12)
+
+
+@pytest.mark.parametrize("disable_opt_rtn", [False, True], ids=["searched", "plain"])
+def test_a_loss_that_is_not_finite_falls_back_to_rounding_with_a_note(disable_opt_rtn, make_task):
+    task = make_task(W4)
+    task.targets[3, 0, 0] = math.nan
+    result = tune(task, disable_opt_rtn=disable_opt_rtn, iters=3, batch_size=8)
+    assert result.note == "losses are not finite; rounded to nearest instead"
+    rounding = PlainRounding() if disable_opt_rtn else SearchedRounding()
+    assert_same_weights(result, rounding(task, config_of()))
+    assert result.first_loss is None
+    assert result.plain == {}
+
+
+def test_a_loss_that_is_not_finite_only_in_a_step_falls_back_too(make_task):
+    """Sample 7 is not among those of the reported loss."""
+    task = make_task(W4)
+    task.targets[7] = math.inf
+    assert tune(task, iters=6, batch_size=2).note
+
+
+def test_padded_tokens_do_not_count(make_task, token_ids):
+    mask = torch.ones(8, 16, dtype=torch.bool)
+    mask[:, 10:] = False
+    task = make_task(W2, data=CalibrationSet(token_ids(8, 16), mask))
+    targets = torch.where(mask[..., None], task.targets, task.targets + 1000)
+    other = dataclasses.replace(task, targets=targets)
+    assert_same_weights(tune(task), tune(other))
+    assert tune(task).best_loss == tune(other).best_loss < 10
+
+
+def test_the_loss_is_a_mean_over_real_tokens(make_task, token_ids):
+    mask = torch.ones(8, 16, dtype=torch.bool)
+    mask[:, 10:] = False
+    task = make_task(W2, data=CalibrationSet(token_ids(8, 16), mask))
+    result = tune(task, iters=1)
+    searched = SearchedRounding()(task, config_of())
+    replaced = {name: weight.dequantize() for name, weight in searched.weights.items()}
+    with torch.no_grad():
+        error = task.block.forward(task.inputs, torch.arange(8), replaced) - task.targets
+    assert result.first_loss == pytest.approx(float(error[mask].square().mean()), rel=1e-4)
+
+
+def test_two_blocks_are_tuned_together_on_the_output_of_the_second(make_task):
+    task = make_task(W2, nblocks=2)
+    assert {name.split(".")[2] for name in task.schemes} == {"0", "1"}
+    result = tune(task, iters=40)
+    assert result.weights.keys() == task.schemes.keys()
+    assert result.best_loss < result.first_loss
+    assert output_error(task, result) < output_error(task, SearchedRounding()(task, config_of()))
+
+
+def test_bits_scales_and_zero_points_are_on_the_stored_grid(make_task):
+    for weight in tune(make_task(W2A), iters=5).weights.values():
+        assert int(weight.codes.max()) <= 3
+        assert int(weight.zero_point.min()) >= 1
+        assert torch.equal(weight.scale, weight.scale.half().float())
+
+
+def test_the_encoded_weights_are_those_of_the_kept_step(make_task):
+    """What the loss was measured with is what is stored, bit for bit."""
+    run = _BlockRun(make_task(W2A), config_of())
+    run.descend()
+    fake = run.dequantized()
+    for name, weight in run.encoded().items():
+        assert torch.equal(weight.dequantize(), fake[name])
+
+
+def test_a_block_with_experts_that_see_no_token_is_tuned(make_task):
+    """A linear layer beside the path of the tokens has no gradient and keeps its rounding."""
+    task = make_task(W4)
+    layer = copy.deepcopy(task.block.modules[0])
+    layer.idle = torch.nn.Linear(64, 64, bias=False)
+    name = f"{task.block.names[0]}.idle.weight"
+    weight = layer.idle.weight.detach()
+    block = Block(
+        task.block.names, (layer,), task.block.calls, {**task.block.tensors, name: weight},
+        {**task.block.originals, name: weight}, task.block.device, task.block.dtype,
+    )  # fmt: skip
+    result = tune(dataclasses.replace(task, block=block, schemes={**task.schemes, name: W4}), iters=3)
+    int_type = DATA_TYPES["int"]
+    expected = int_type.encode(
+        weight, W4, int_type.search_range(weight, W4, None), int_type.trainable(weight, W4)
+    )
+    assert torch.equal(result.weights[name].codes, expected.codes)
