@@ -8,6 +8,7 @@ and side files. Only this file touches Transformers' weight-conversion interface
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import shutil
 from collections.abc import Iterator, Mapping
@@ -19,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from auto_round.errors import CheckpointError, ConfigError
+from auto_round.errors import CheckpointError, ConfigError, UnsupportedError
 
 INDEX_NAME = "model.safetensors.index.json"
 PICKLED_INDEX_NAME = "pytorch_model.bin.index.json"
@@ -199,12 +200,21 @@ class ShardWriter:
         if not self._pending:
             return
         self._shards.append(list(self._pending))
-        save_file(self._pending, str(self.folder / self._part(len(self._shards))), metadata={"format": "pt"})
+        part = self.folder / self._part(len(self._shards))
+        save_file(self._pending, str(part), metadata={"format": "pt"})
+        part.chmod(0o666 & ~_umask())  # safetensors writes files that only their owner can read
         self._pending, self._pending_bytes = {}, 0
 
     @staticmethod
     def _part(number: int) -> str:
         return f".part-{number:05d}.safetensors"
+
+
+def _umask() -> int:
+    """Returns the process's file mode mask, which can only be read by setting it."""
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
 
 
 def copy_side_files(source: Path, target: Path) -> None:
@@ -269,8 +279,15 @@ def meta_model(folder: Path, *, trust_remote_code: bool) -> nn.Module:
         method = stored["quantization_config"].get("quant_method")
         raise ConfigError(f"{folder} is quantized already ({method}). Give the original 16-bit model")
     config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    with init_empty_weights(include_buffers=False):
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    try:
+        with init_empty_weights(include_buffers=False):
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    except ValueError as error:
+        kind = stored.get("model_type")
+        raise UnsupportedError(
+            f"{folder} ({kind}) is no text-only causal language model that Transformers knows. Vision-language models "
+            f"are not quantized yet. Transformers says: {str(error).splitlines()[0][:200]}"
+        ) from error
     model.tie_weights()
     return model.eval()
 

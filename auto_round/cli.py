@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import logging
 import os
 import sys
@@ -61,12 +62,13 @@ def main_eval(argv: Sequence[str] | None = None) -> int:
     )
     _add_evaluation_flags(parser)
     parser.add_argument("--device", "--devices", default="auto", help="auto, cpu, cuda ...")
-    parser.add_argument("--eval_bs", "--bs", "--batch_size", type=int, default=8, help="batch size of tasks")
+    parser.add_argument("--trust_remote_code", action="store_true", help="run model code that comes with the model")
     options = parser.parse_args(argv)
     try:
         if not options.ppl and options.tasks is None:
             raise ConfigError("nothing to measure. Give --ppl FILE, or --tasks for lm-eval")
-        _evaluate(options, options.model, options.device, label="")
+        remote = options.trust_remote_code
+        _evaluate(options, options.model, device=options.device, trust_remote_code=remote, label="")
     except AutoRoundError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return 2
@@ -111,6 +113,7 @@ def _add_evaluation_flags(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("evaluation")
     group.add_argument("--ppl", metavar="FILE", help="measure perplexity on this text; after a run also before it")
     group.add_argument("--ppl_seqlen", type=int, default=512, metavar="X", help="tokens of a window (default 512)")
+    group.add_argument("--eval_bs", type=int, default=8, metavar="X", help="batch size of evaluation (default 8)")
     group.add_argument("--ppl_tokens", type=int, metavar="X", help="use only the first so many tokens")
     group.add_argument(
         "--tasks", "--task", nargs="?", const="", help="lm-eval tasks, comma separated (extra: auto-round[eval])"
@@ -148,31 +151,39 @@ def _run(config: RunConfig, parsed: argparse.Namespace, *, plan_only: bool) -> i
         print(describe_memory(session.plan, session.config))
         return 0
     distributed.start()
+    if not distributed.is_writer():
+        logging.getLogger("auto_round").setLevel(logging.WARNING)
+    measure = functools.partial(_evaluate, parsed, device=config.device, trust_remote_code=config.trust_remote_code)
     try:
         if parsed.ppl and distributed.is_writer():
-            _evaluate(parsed, config.model, config.device, label="before: ")
+            measure(config.model, label="before: ")
         result = pipeline.run(session)
         if distributed.is_writer():
-            print(f"quantized {len(result.summaries)} blocks in {result.seconds:.1f} s")
+            print(f"quantized {len(session.plan.structure.blocks)} blocks in {result.seconds:.1f} s")
             for folder in result.folders:
                 if parsed.ppl or parsed.tasks is not None:
-                    _evaluate(parsed, folder, config.device, label="after: ")
+                    measure(folder, label="after: ")
                 print(f"saved to {folder}")
     finally:
         distributed.stop()
     return 0
 
 
-def _evaluate(options: argparse.Namespace, model: Any, device: str, *, label: str) -> None:
+def _evaluate(options: argparse.Namespace, model: Any, *, device: str, trust_remote_code: bool, label: str) -> None:
     from auto_round import evaluation
 
+    settings = evaluation.EvalSettings(
+        seqlen=options.ppl_seqlen,
+        max_tokens=options.ppl_tokens,
+        batch_size=options.eval_bs,
+        device=device,
+        trust_remote_code=trust_remote_code,
+    )
     if options.ppl:
-        value = evaluation.perplexity_of_folder(
-            model, options.ppl, seqlen=options.ppl_seqlen, max_tokens=options.ppl_tokens, device=device
-        )
+        value = evaluation.perplexity_of_folder(model, options.ppl, settings)
         print(f"{label}perplexity {value:.3f} on {options.ppl}")
     if options.tasks is not None and label != "before: ":
-        scores = evaluation.task_scores(model, options.tasks or evaluation.DEFAULT_TASKS, device=device)
+        scores = evaluation.task_scores(model, options.tasks or evaluation.DEFAULT_TASKS, settings)
         for task, values in scores.items():
             print(f"{task}: " + ", ".join(f"{k}={v:.4f}" for k, v in values.items() if isinstance(v, float)))
 

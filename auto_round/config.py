@@ -203,8 +203,8 @@ PARTS: dict[str, type] = {"scheme": SchemeConfig, "calib": CalibConfig, "tune": 
 MODEL_DTYPES = {"bf16": "bfloat16", "bfloat16": "bfloat16", "fp16": "float16", "float16": "float16"}
 MODEL_DTYPES |= {"fp32": "float32", "float32": "float32"}
 
-# Name of a recipe -> the options it changes. The steps of "light" stay at 1/iters: with the 5e-3 that the mission document
-# names, offsets travel an eighth of a grid step and 2-bit perplexity is 1 higher (docs/algorithms.md).
+# Name of a recipe -> the options it changes. "light" keeps steps of 1/iters: with steps of 5e-3 offsets travel an
+# eighth of a grid step only, and 2-bit perplexity was 1 higher (docs/algorithms.md).
 RECIPES: dict[str, dict[str, Any]] = {
     "default": {},
     "best": {"iters": 1000, "nsamples": 512, "low_gpu_mem_usage": True},

@@ -5,6 +5,7 @@ Launched by torchrun; without it there is one rank and every function here is th
 
 from __future__ import annotations
 
+import datetime
 import os
 
 import torch
@@ -15,7 +16,9 @@ from torch import Tensor
 def start() -> None:
     """Joins the process group that torchrun prepared; does nothing outside torchrun or if one exists."""
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ and not dist.is_initialized():
-        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+        # Rank 0 alone measures perplexity and writes checkpoints; the others wait for it at a barrier.
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        dist.init_process_group(backend, timeout=datetime.timedelta(hours=24))
 
 
 def stop() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from pathlib import Path
 from typing import Any
@@ -9,11 +10,29 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from auto_round.device import compute_device
 from auto_round.errors import CalibrationError, ConfigError, require
 
 DEFAULT_TASKS = (
     "lambada_openai,hellaswag,winogrande,piqa,mmlu,wikitext,truthfulqa_mc1,openbookqa,boolq,arc_easy,arc_challenge"
 )
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class EvalSettings:
+    """How a model folder is measured.
+
+    Attributes:
+        seqlen: tokens of a window of perplexity.
+        max_tokens: use only the first so many tokens of the text; None for all.
+        batch_size: windows, or samples of tasks, at a time.
+    """
+
+    seqlen: int = 512
+    max_tokens: int | None = None
+    batch_size: int = 8
+    device: str = "auto"
+    trust_remote_code: bool = False
 
 
 def text_windows(file: str | Path, tokenizer: Any, *, seqlen: int, max_tokens: int | None = None) -> Tensor:
@@ -48,39 +67,28 @@ def perplexity(model: Any, windows_NT: Tensor, *, batch_size: int = 8) -> float:
     return math.exp(total / (windows_NT.shape[0] * (windows_NT.shape[1] - 1)))
 
 
-def load_for_evaluation(
-    model: str | Path, *, device: str = "auto", dtype: str = "auto", trust_remote_code: bool = False
-) -> Any:
-    """Returns a model folder loaded through Transformers, on the GPU if there is one."""
+def load_for_evaluation(model: str | Path, settings: EvalSettings) -> Any:
+    """Returns a model folder loaded through Transformers."""
     from transformers import AutoModelForCausalLM
 
-    where = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    where = compute_device(settings.device)
     loaded = AutoModelForCausalLM.from_pretrained(
-        model, dtype=dtype, device_map=where, trust_remote_code=trust_remote_code
+        model, dtype="auto", device_map=where, trust_remote_code=settings.trust_remote_code
     )
     return loaded.eval()
 
 
-def perplexity_of_folder(
-    model: str | Path,
-    file: str | Path,
-    *,
-    seqlen: int,
-    max_tokens: int | None = None,
-    device: str = "auto",
-    dtype: str = "auto",
-) -> float:
+def perplexity_of_folder(model: str | Path, file: str | Path, settings: EvalSettings) -> float:
     """Returns the perplexity of a model folder, 16-bit or quantized, on a text file."""
     from transformers import AutoTokenizer
 
-    windows = text_windows(file, AutoTokenizer.from_pretrained(model), seqlen=seqlen, max_tokens=max_tokens)
-    return perplexity(load_for_evaluation(model, device=device, dtype=dtype), windows)
+    tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=settings.trust_remote_code)
+    windows = text_windows(file, tokenizer, seqlen=settings.seqlen, max_tokens=settings.max_tokens)
+    return perplexity(load_for_evaluation(model, settings), windows, batch_size=settings.batch_size)
 
 
-def task_scores(
-    model: str | Path, tasks: str = DEFAULT_TASKS, *, batch_size: int | str = 8, device: str = "auto"
-) -> dict[str, Any]:
-    """Returns lm-eval's results for a model folder.
+def task_scores(model: str | Path, tasks: str, settings: EvalSettings) -> dict[str, Any]:
+    """Returns lm-eval's results for a model folder, by task.
 
     Raises:
         MissingDependencyError: lm-eval is not installed.
@@ -89,5 +97,6 @@ def task_scores(
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
 
-    wrapped = HFLM(pretrained=load_for_evaluation(model, device=device), tokenizer=str(model), batch_size=batch_size)
+    loaded = load_for_evaluation(model, settings)
+    wrapped = HFLM(pretrained=loaded, tokenizer=str(model), batch_size=settings.batch_size)
     return dict(simple_evaluate(model=wrapped, tasks=tasks.split(","))["results"])

@@ -22,6 +22,7 @@ from auto_round.blocks import Block, BlockStream
 from auto_round.calibration import CalibrationSet, load_calibration
 from auto_round.checkpoint import CheckpointSource, ModuleSource, WeightSource, resolve_folder
 from auto_round.config import RunConfig, parse_formats
+from auto_round.device import compute_device, compute_dtype
 from auto_round.errors import ConfigError
 from auto_round.formats import FormatTarget, check, export, targets
 from auto_round.formats.export import HEAD_BLOCK
@@ -34,6 +35,8 @@ from auto_round.tuning import Tuner, TuningTask, round_plain, round_searched, tu
 logger = logging.getLogger(__name__)
 
 WORK_FOLDER = ".auto_round_work"
+# Enough to tell a fine-tuned model from its base without reading it whole.
+IDENTITY_TENSORS, IDENTITY_VALUES = 16, 4096
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -145,39 +148,10 @@ def dequantized(store: RunStore, plan: Plan) -> Iterator[tuple[str, Tensor]]:
         yield from result.plain.items()
 
 
-def compute_device(config: RunConfig) -> torch.device:
-    """Returns the device that blocks run on.
-
-    Raises:
-        ConfigError: it does not exist here.
-    """
-    name = str(config.device)
-    if name in ("auto", "None"):
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    elif name.isdigit():
-        name = f"cuda:{name}" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        first = str(error).splitlines()[0]
-        raise ConfigError(f"device '{name}' cannot be used ({first}). Use auto, cpu, cuda, cuda:<n> or xpu") from error
-    if device.type == "cuda" and device.index is None and distributed.world_size() > 1:
-        device = torch.device("cuda", distributed.rank() % torch.cuda.device_count())
-    return device
-
-
-def compute_dtype(config: RunConfig, device: torch.device, stored: torch.dtype) -> torch.dtype:
-    """Returns the precision that blocks run in: 16 bits on GPUs (`amp`), float32 on CPUs, where it is also faster."""
-    if device.type == "cpu" or not config.tune.amp:
-        return torch.float32
-    return torch.float16 if stored == torch.float16 else torch.bfloat16
-
-
 def _round_everything(session: Session, store: RunStore) -> None:
     """Plain rounding needs no activations: weights are read, rounded and stored one block after the other."""
     plan, source = session.plan, session.source
-    device = compute_device(session.config)
+    device = compute_device(session.config.device)
     progress = _Progress(len(plan.groups))
     for group in plan.groups:
         if not store.has(group[0]) and distributed.is_writer():
@@ -223,14 +197,14 @@ def _tune_everything(session: Session, store: RunStore, data: CalibrationSet) ->
 
 def _open_stream(session: Session, data: CalibrationSet, *, quantized_chain: bool) -> BlockStream:
     config = session.config
-    device = compute_device(config)
+    device = compute_device(config.device)
     stored = next((p.dtype for p in session.source.model.parameters() if p.is_floating_point()), torch.float32)
     return BlockStream(
         session.source,
         session.plan.groups,
         data,
         device=device,
-        dtype=compute_dtype(config, device, stored),
+        dtype=compute_dtype(device, stored, amp=config.tune.amp),
         storage=torch.device("cpu") if config.low_gpu_mem_usage else device,
         batch_size=config.tune.batch_size,
         quantized_chain=quantized_chain,
@@ -281,7 +255,7 @@ def _round_outside(session: Session, store: RunStore, head_inputs_NTH: Tensor | 
         importance = sum(squares) / (head_inputs_NTH.shape[0] * head_inputs_NTH.shape[1])
     weights = {}
     for name, entry in outside.items():
-        weight = session.source.tensors(entry.layer.name)[name].to(compute_device(session.config)).float()
+        weight = session.source.tensors(entry.layer.name)[name].to(compute_device(session.config.device)).float()
         weight = weight.t() if entry.layer.transposed else weight
         if head_inputs_NTH is None:
             quantized = round_plain(weight, entry.scheme)
@@ -316,8 +290,13 @@ def _open_store(work: Path, session: Session, data: CalibrationSet | None) -> Ru
 
 
 def _model_identity(source: WeightSource) -> dict[str, Any]:
-    names = {key: list(source.read(key).shape) for key in list(source.keys())[:1]}
-    return {"class": type(source.model).__name__, "tensors": len(source.keys()), "first": names}
+    """Returns what tells one model from another: names of all tensors, and the start of a few of them."""
+    keys = list(source.keys())
+    digest = hashlib.sha256("\n".join(keys).encode())
+    for key in keys[:: max(1, len(keys) // IDENTITY_TENSORS)]:
+        start = source.read(key).detach().flatten()[:IDENTITY_VALUES].float().cpu()
+        digest.update(start.contiguous().numpy().tobytes())
+    return {"class": type(source.model).__name__, "tensors": len(keys), "digest": digest.hexdigest()}
 
 
 def _load_tokenizer(folder: Path, config: RunConfig) -> Any:

@@ -20,6 +20,8 @@ def describe_memory(plan: Plan, config: RunConfig) -> str:
     Tuning holds, for the largest block: the weight and its fake-quantized copy and gradient, the rounding offset, its
     gradient and best copy (about 26 bytes a weight), and two or three activation chains of nsamples x seqlen x hidden.
     """
+    from auto_round.device import compute_device
+
     sizes: dict[int, int] = {}
     for entry in plan.entries:
         if entry.layer.block is not None:
@@ -27,9 +29,15 @@ def describe_memory(plan: Plan, config: RunConfig) -> str:
             sizes[entry.layer.block] = sizes.get(entry.layer.block, 0) + weights
     largest = max(sizes.values(), default=0) * config.tune.nblocks
     per_weight = 26 if config.tune.iters > 0 else 16
-    hidden = max((e.layer.shape[1] for e in plan.entries if e.layer.name.endswith("q_proj")), default=0)
+    heads = [entry.layer for entry in plan.entries if entry.layer.name == plan.structure.head]
+    widths = [layer.shape[1] for layer in heads] or [entry.layer.shape[1] for entry in plan.entries]
+    bytes_per_value = 4 if compute_device(config.device).type == "cpu" else 2
     chains = 3 if config.tune.enable_quanted_input and config.tune.iters > 0 else 2
-    chain = chains * config.calib.nsamples * config.calib.seqlen * hidden * 2 if config.tune.needs_calibration else 0
+    chain = (
+        chains * config.calib.nsamples * config.calib.seqlen * widths[0] * bytes_per_value
+        if config.tune.needs_calibration
+        else 0
+    )
     where = "host memory" if config.low_gpu_mem_usage else "the compute device"
     return (
         f"memory estimate: {largest * per_weight / 2**30:.2f} GiB for the largest block, "

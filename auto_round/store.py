@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -22,6 +22,7 @@ from auto_round.schemes import QuantizationScheme
 from auto_round.tensors import BlockResult, QuantizedTensor
 
 RUN_FILE = "run.json"
+SHOWN_DIFFERENCES = 12
 
 
 class RunStore:
@@ -32,14 +33,15 @@ class RunStore:
         fingerprint: everything that results depend on, as plain JSON values.
         resume: keep finished blocks of an earlier run with the same fingerprint; else start anew.
     Raises:
+        CheckpointError: `resume`, and the folder's fingerprint is damaged.
         ResumeMismatchError: `resume`, and the folder belongs to a run with other options; the difference is listed.
     """
 
     def __init__(self, folder: Path, fingerprint: Mapping[str, Any], *, resume: bool) -> None:
         self.folder = folder
         self.blocks = folder / "blocks"
-        stored = self._read_fingerprint()
-        if resume and stored is not None:
+        stored = self._read_fingerprint() if resume else None
+        if stored is not None:
             _check_same(stored, _plain(fingerprint), folder)
         else:
             self.clear()
@@ -92,10 +94,16 @@ class RunStore:
         """Returns what `save` was given.
 
         Raises:
-            CheckpointError: the block is not finished.
+            CheckpointError: the block is not finished, or its file is damaged.
         """
         if not self.has(block):
             raise CheckpointError(f"{self.folder}: block {block} is not finished")
+        try:
+            return self._load(block)
+        except SafetensorError as error:
+            raise CheckpointError(f"{self._file(block)} is damaged ({error}). Remove it; --resume redoes it") from error
+
+    def _load(self, block: str) -> BlockResult:
         weights: dict[str, QuantizedTensor] = {}
         with safe_open(self._file(block), framework="pt") as handle:
             metadata = handle.metadata()
@@ -131,7 +139,12 @@ class RunStore:
 
     def _read_fingerprint(self) -> dict[str, Any] | None:
         file = self.folder / RUN_FILE
-        return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+        if not file.is_file():
+            return None
+        try:
+            return dict(json.loads(file.read_text(encoding="utf-8")))
+        except ValueError as error:
+            raise CheckpointError(f"{file} is damaged ({error}). Start anew without --resume") from error
 
 
 def _plain(fingerprint: Mapping[str, Any]) -> dict[str, Any]:
@@ -139,14 +152,24 @@ def _plain(fingerprint: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _check_same(stored: Mapping[str, Any], wanted: Mapping[str, Any], folder: Path) -> None:
-    names = sorted(set(stored) | set(wanted))
-    changed = [f"{n}: {stored.get(n)!r} then, {wanted.get(n)!r} now" for n in names if stored.get(n) != wanted.get(n)]
+    then, now = _flat(stored), _flat(wanted)
+    names = [name for name in sorted(set(then) | set(now)) if then.get(name) != now.get(name)]
+    changed = [f"{name}: {then.get(name)!r} then, {now.get(name)!r} now" for name in names[:SHOWN_DIFFERENCES]]
+    changed += [f"and {len(names) - SHOWN_DIFFERENCES} more"] if len(names) > SHOWN_DIFFERENCES else []
     if changed:
         raise ResumeMismatchError(
             f"{folder} belongs to a run with other options, so its blocks cannot be used:\n  "
             + "\n  ".join(changed)
             + "\nRepeat the run with the options of then, or start anew without --resume"
         )
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Returns nested dictionaries as one, with dotted keys."""
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return flat
 
 
 def _write_whole(file: Path, text: str) -> None:

@@ -146,7 +146,12 @@ def test_the_first_steps_follow_from_the_options(options, rounding, clip):
 
 @pytest.mark.parametrize(
     ("options", "needed"),
-    [({}, True), ({"iters": 0}, True), ({"iters": 0, "disable_opt_rtn": True}, False), ({"disable_opt_rtn": True}, True)],
+    [
+        ({}, True),
+        ({"iters": 0}, True),
+        ({"iters": 0, "disable_opt_rtn": True}, False),
+        ({"disable_opt_rtn": True}, True),
+    ],
     ids=str,
 )
 def test_only_plain_rounding_needs_no_text(options, needed):

@@ -50,5 +50,5 @@ def test_require_names_the_purpose_and_the_pip_line():
 
 
 def test_require_installs_the_package_itself_by_default():
-    with pytest.raises(MissingDependencyError, match="pip install no_such_package$"):
+    with pytest.raises(MissingDependencyError, match=r"pip install no_such_package$"):
         require("no_such_package", needed_for="x")

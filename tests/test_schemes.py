@@ -157,9 +157,7 @@ def test_replace_checks_names_and_values():
     act_bits=st.sampled_from([8, 16]),
 )
 def test_a_scheme_reads_back_from_its_dictionary(bits, group_size, sym, scale_dtype, act_bits):
-    scheme = QuantizationScheme(
-        bits=bits, group_size=group_size, sym=sym, scale_dtype=scale_dtype, act_bits=act_bits
-    )
+    scheme = QuantizationScheme(bits=bits, group_size=group_size, sym=sym, scale_dtype=scale_dtype, act_bits=act_bits)
     again = QuantizationScheme.from_dict(scheme.to_dict())
     assert again == scheme
     assert hash(again) == hash(scheme)

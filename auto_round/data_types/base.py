@@ -20,6 +20,9 @@ from auto_round.registry import Registry
 from auto_round.schemes import QuantizationScheme
 from auto_round.tensors import QuantizedTensor
 
+# Smallest magnitude of a scale: float16 keeps about 7 significant bits there. A group of zeros gets this scale.
+MIN_SCALE = {"float16": 1e-5, "bfloat16": 1e-8, "float32": 1e-8}
+
 Range = Mapping[str, Tensor]
 Params = Mapping[str, Tensor]
 
@@ -80,6 +83,10 @@ def round_ste(x: Tensor) -> Tensor:
 
 
 def cast_ste(x: Tensor, dtype_name: str) -> Tensor:
-    """Rounds float32 values to what `dtype_name` can hold; the gradient passes unchanged."""
+    """Rounds float32 values to what `dtype_name` can hold, the largest finite one at most; the gradient passes."""
     dtype = getattr(torch, dtype_name)
-    return x if dtype == torch.float32 else x + (x.to(dtype).float() - x).detach()
+    if dtype == torch.float32:
+        return x
+    limit = torch.finfo(dtype).max
+    held = x.clamp(-limit, limit)  # float16 ends at 65504: without this one huge weight makes a scale of infinity
+    return held + (held.to(dtype).float() - held).detach()

@@ -14,13 +14,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from auto_round.data_types.base import DATA_TYPES, Params, Range, RoundingState, cast_ste, round_ste
+from auto_round.data_types.base import DATA_TYPES, MIN_SCALE, Params, Range, RoundingState, cast_ste, round_ste
 from auto_round.data_types.int_search import search_asymmetric, search_symmetric
 from auto_round.schemes import QuantizationScheme
 from auto_round.tensors import QuantizedTensor, from_groups, to_groups
 
-# Smallest magnitude of a scale: float16 keeps about 7 significant bits there. A group of zeros gets this scale.
-MIN_SCALE = {"float16": 1e-5, "bfloat16": 1e-8, "float32": 1e-8}
 MIN_ZERO_POINT = 1
 
 

@@ -13,14 +13,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from auto_round.data_types.base import cast_ste
+from auto_round.data_types.base import MIN_SCALE, cast_ste
 from auto_round.schemes import QuantizationScheme
 
 SYMMETRIC_RATIOS = tuple(0.3 + 0.025 * step for step in range(41))
 ASYMMETRIC_RATIOS = tuple(0.4 + 0.05 * step for step in range(15))
 REFINE_ROUNDS = 2
-# Rows are searched in pieces whose float32 intermediates stay near this size; more only adds cache misses.
-CHUNK_ELEMENTS = 1 << 22
+# Rows are searched in pieces: on a CPU their float32 intermediates stay in its cache, on a GPU in moderate memory.
+CHUNK_ELEMENTS = {"cpu": 1 << 17, "gpu": 1 << 25}
+CLOSED_FORM_BITS = 4
 
 
 def search_symmetric(grouped: Tensor, importance: Tensor, scheme: QuantizationScheme, start: Tensor) -> Tensor:
@@ -43,34 +44,48 @@ def search_asymmetric(
 
 
 def _row_pieces(grouped: Tensor) -> list[slice]:
-    rows = max(1, CHUNK_ELEMENTS // (grouped.shape[1] * grouped.shape[2]))
+    elements = CHUNK_ELEMENTS["cpu" if grouped.device.type == "cpu" else "gpu"]
+    rows = max(1, elements // (grouped.shape[1] * grouped.shape[2]))
     return [slice(start, start + rows) for start in range(0, grouped.shape[0], rows)]
 
 
 def _refit(
     x: Tensor, importance: Tensor, levels: Tensor, scale: Tensor, scheme: QuantizationScheme
 ) -> tuple[Tensor, Tensor]:
-    """Returns the least-squares scale for fixed levels (codes - zero), as it is stored, and its weighted error."""
+    """Returns the least-squares scale for fixed levels (codes - zero), as it is stored, and its weighted error.
+
+    The error leaves out the constant sum(w x x). Few bits leave errors far above the rounding of these sums; for more
+    the squares are summed one by one.
+    """
     weighted = importance * levels
-    denominator = (weighted * levels).sum(-1, keepdim=True)
-    refitted = (weighted * x).sum(-1, keepdim=True) / denominator.clamp(min=1e-30)
-    usable = (denominator > 0) & (refitted * scale > 0)
+    cross = torch.linalg.vecdot(weighted, x).unsqueeze(-1)
+    power = torch.linalg.vecdot(weighted, levels).unsqueeze(-1)
+    refitted = cross / power.clamp(min=1e-30)
+    usable = (power > 0) & (refitted * scale > 0)
     refitted = cast_ste(torch.where(usable, refitted, scale), scheme.scale_dtype)
-    return refitted, _error(x, importance, levels, refitted)
+    if scheme.bits <= CLOSED_FORM_BITS:
+        return refitted, refitted * (refitted * power - 2 * cross)
+    return refitted, _error(x, importance, levels, refitted, scheme)
 
 
-def _error(x: Tensor, importance: Tensor, levels: Tensor, scale: Tensor) -> Tensor:
-    return (importance * (scale * levels - x).square()).sum(-1, keepdim=True)
+def _error(x: Tensor, importance: Tensor, levels: Tensor, scale: Tensor, scheme: QuantizationScheme) -> Tensor:
+    """Returns the weighted squared error, (O, G, 1), in the form that `_refit` compares."""
+    if scheme.bits <= CLOSED_FORM_BITS:
+        weighted = importance * levels
+        power, cross = torch.linalg.vecdot(weighted, levels), torch.linalg.vecdot(weighted, x)
+        return scale * (scale * power.unsqueeze(-1) - 2 * cross.unsqueeze(-1))
+    residual = scale * levels - x
+    return torch.linalg.vecdot(importance * residual, residual).unsqueeze(-1)
 
 
 def _search_symmetric(x: Tensor, importance: Tensor, scheme: QuantizationScheme, start: Tensor) -> Tensor:
     half = 2 ** (scheme.bits - 1)
 
     def levels_for(scale: Tensor) -> Tensor:
-        return (x / scale).round().clamp(-half, half - 1)
+        return (x / scale).round_().clamp_(-half, half - 1)
 
-    best = start
-    best_error = _error(x, importance, levels_for(start), start)
+    best = cast_ste(start, scheme.scale_dtype)
+    best_error = _error(x, importance, levels_for(best), best, scheme)
     for ratio in SYMMETRIC_RATIOS:
         for sign in (1.0, -1.0):
             candidate = start * (sign * ratio)
@@ -89,11 +104,11 @@ def _search_asymmetric(
     floor = torch.finfo(torch.float32).tiny
 
     def levels_for(scale: Tensor, zero: Tensor) -> Tensor:
-        return ((x / scale).round() + zero).clamp(0, top) - zero
+        return (x / scale).round_().add_(zero).clamp_(0, top).sub_(zero)
 
-    best_scale = ((high - low) / top).clamp(min=1e-5)
+    best_scale = cast_ste((high - low) / top, scheme.scale_dtype).clamp(min=MIN_SCALE[scheme.scale_dtype])
     best_zero = (-low / best_scale).round().clamp(min_zero, top)
-    best_error = _error(x, importance, levels_for(best_scale, best_zero), best_scale)
+    best_error = _error(x, importance, levels_for(best_scale, best_zero), best_scale, scheme)
     start_scale = best_scale
     for ratio in ASYMMETRIC_RATIOS:
         candidate = start_scale * ratio

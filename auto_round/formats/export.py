@@ -51,16 +51,21 @@ def export(
         result = store.load(block) if block and store.has(block) else BlockResult({})
         for key in block_keys:
             for stored_key, tensor in _exported(exporter, plan, key, keys[key], source, result).items():
-                keep = dtype is None or not tensor.is_floating_point() or stored_key.endswith(".scales")
-                writer.add(stored_key, tensor if keep else tensor.to(dtype))
-    for key, tensor in _untied_head(exporter, plan, keys, store).items():
-        writer.add(key, tensor)
+                writer.add(stored_key, _in_dtype(stored_key, tensor, dtype))
+    for stored_key, tensor in _untied_head(exporter, plan, source, store).items():
+        writer.add(stored_key, _in_dtype(stored_key, tensor, dtype))
     writer.close()
     _write_configs(exporter, folder, plan, source, config)
     if source.folder is not None:
         copy_side_files(source.folder, folder)
     else:
         _save_side_files(source.model, tokenizer, folder)
+
+
+def _in_dtype(key: str, tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """Returns a tensor in the precision that was asked for; codes and scales stay what their layout says."""
+    keep = dtype is None or not tensor.is_floating_point() or key.endswith(".scales")
+    return tensor if keep else tensor.to(dtype)
 
 
 def _owners(plan: Plan) -> Any:
@@ -100,14 +105,17 @@ def _packed(
     return {f"{layer}.{local}": tensor for local, tensor in layout.pack(weight).items()}
 
 
-def _untied_head(exporter: Exporter, plan: Plan, keys: Mapping[str, str | None], store: RunStore) -> dict[str, Tensor]:
+def _untied_head(exporter: Exporter, plan: Plan, source: WeightSource, store: RunStore) -> dict[str, Tensor]:
     """Returns the tensors of a quantized output layer that the source does not store because it is tied."""
-    stored = {name for name in keys.values() if name is not None}
+    keys = {name: key for key, name in source.keys().items() if name is not None}
+    parameters = dict(source.model.named_parameters(remove_duplicate=False))
     tensors: dict[str, Tensor] = {}
     for name, entry in plan.outside().items():
-        if name not in stored:
+        if name not in keys:
             weight = store.load(HEAD_BLOCK).weights[name]
-            tensors |= _packed(exporter, plan, entry.layer.name, weight, torch.bfloat16, entry.layer.transposed)
+            twin = next(other for other in keys if parameters.get(other) is parameters[name])
+            dtype = source.read(keys[twin]).dtype
+            tensors |= _packed(exporter, plan, entry.layer.name, weight, dtype, entry.layer.transposed)
     return tensors
 
 
@@ -117,6 +125,7 @@ def _write_configs(exporter: Exporter, folder: Path, plan: Plan, source: WeightS
     else:
         model_config = json.loads(source.model.config.to_json_string(use_diff=True))
         model_config.setdefault("architectures", [type(source.model).__name__])
+        model_config["dtype"] = str(source.model.dtype).removeprefix("torch.")
     if plan.outside() and plan.structure.tied_head:
         for part in (model_config, model_config.get("text_config", {})):
             part["tie_word_embeddings"] = False

@@ -1,9 +1,10 @@
-"""Repeats a step as a CUDA graph where that is possible, and as it is where it is not."""
+"""Repeats a step as a CUDA graph, or compiled, where that is possible, and as it is where it is not."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,6 +22,24 @@ def repeat_on_device(step: Callable[[Tensor], None], may_capture: bool) -> Calla
         may_capture: whether to try; a step that cannot be captured goes on eagerly.
     """
     return _CapturedStep(step) if may_capture else step
+
+
+def compiled_or_eager(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Returns a compiled function that goes on eagerly, for good, when compiling fails."""
+    compiled = torch.compile(function)
+    working = True
+
+    def call(*args: Any, **kwargs: Any) -> Tensor:
+        nonlocal working
+        if working:
+            try:
+                return compiled(*args, **kwargs)
+            except (torch._dynamo.exc.TorchDynamoException, RuntimeError) as error:
+                logger.warning("torch.compile failed, going on without: %s", str(error).splitlines()[0])
+                working = False
+        return function(*args, **kwargs)
+
+    return call
 
 
 class _CapturedStep:

@@ -46,7 +46,7 @@ class SearchedRounding:
     def __call__(self, task: TuningTask, config: TuneConfig) -> BlockResult:  # noqa: ARG002
         """Returns each weight rounded under the importance of its input channels."""
         importance: Mapping[str, Tensor] = channel_importance(
-            task.block, task.original_inputs, task.batches, list(task.schemes)
+            task.block, task.original_inputs, task.batches, list(task.schemes), mask_NT=task.mask
         )
         weights = {
             name: round_searched(task.weight(name), scheme, importance.get(name))

@@ -27,7 +27,7 @@ from auto_round.data_types.base import DataType, Range
 from auto_round.schemes import QuantizationScheme
 from auto_round.tensors import BlockResult, to_groups
 from auto_round.tuning.base import TuningTask
-from auto_round.tuning.capture import repeat_on_device
+from auto_round.tuning.capture import compiled_or_eager, repeat_on_device
 from auto_round.tuning.rtn import PlainRounding, SearchedRounding
 from auto_round.tuning.sampling import sample_order
 from auto_round.tuning.statistics import channel_importance, output_sensitivity
@@ -104,7 +104,7 @@ class _BlockRun:
         self.plain = _plain_parameters(task) if config.enable_norm_bias_tuning else {}
         self.plain_sizes = {name: float(tensor.abs().mean()) for name, tensor in self.plain.items()}
         self.adam = _adam(self.weights, self.plain, config) if config.adam else None
-        self.forward = torch.compile(task.block.forward) if config.enable_torch_compile else task.block.forward
+        self.forward = compiled_or_eager(task.block.forward) if config.enable_torch_compile else task.block.forward
         assert task.targets is not None
         self.elements_per_token = task.targets.shape[-1]
         device = task.block.device
@@ -260,11 +260,13 @@ class _BlockRun:
 
 def _make_weights(task: TuningTask, config: TuneConfig) -> dict[str, TunedWeight]:
     names = list(task.schemes)
-    importance = channel_importance(task.block, task.inputs, task.batches, names)
+    importance = channel_importance(task.block, task.inputs, task.batches, names, mask_NT=task.mask)
     sensitivity: Mapping[str, Tensor] = {}
     if config.enable_alg_ext:
         probes = list(task.batches)[:PROBE_BATCHES]
-        sensitivity = output_sensitivity(task.block, task.original_inputs, probes, names, task.generator())
+        sensitivity = output_sensitivity(
+            task.block, task.original_inputs, probes, names, task.generator(), mask_NT=task.mask
+        )
     weights = {}
     for name, scheme in task.schemes.items():
         data_type, weight = DATA_TYPES[scheme.data_type], task.weight(name)

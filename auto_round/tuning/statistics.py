@@ -13,33 +13,55 @@ from auto_round.blocks import Block
 
 @torch.no_grad()
 def channel_importance(
-    block: Block, inputs_NTH: Tensor, batches: Sequence[slice], weights: Sequence[str]
+    block: Block,
+    inputs_NTH: Tensor,
+    batches: Sequence[slice],
+    weights: Sequence[str],
+    *,
+    mask_NT: Tensor | None = None,
 ) -> dict[str, Tensor]:
     """Returns the mean square of each input channel, (I,) float32, by weight name.
 
     This is the diagonal of the Hessian of the layer's output error, the "imatrix" of llama.cpp.
+
+    Args:
+        mask_NT: bool, False for padding, which then does not count. A layer that sees a choice of the tokens (a routed
+            expert) counts them all: which of them are padding is not known there.
     """
     sums: dict[str, Tensor] = {}
     counts: dict[str, int] = {}
+    real: list[Tensor] = []  # the mask of the running batch
 
     def keep(name: str, module_input: Tensor, _output: Tensor) -> None:
-        squares = module_input.detach().flatten(0, -2).float().square().sum(0)
+        seen = module_input.detach()
+        rows = seen[real[0]] if real and seen.shape[:-1] == real[0].shape else seen.flatten(0, -2)
+        squares = rows.float().square().sum(0)
         sums[name] = sums[name] + squares if name in sums else squares
-        counts[name] = counts.get(name, 0) + module_input.flatten(0, -2).shape[0]
+        counts[name] = counts.get(name, 0) + rows.shape[0]
 
     with _watched(block, weights, keep):
         for piece in batches:
+            real[:] = [] if mask_NT is None else [mask_NT[piece].to(block.device)]
             block.forward(inputs_NTH[piece].to(block.device), torch.arange(piece.start, piece.stop))
     return {name: total / counts[name] for name, total in sums.items()}
 
 
 def output_sensitivity(
-    block: Block, inputs_NTH: Tensor, batches: Sequence[slice], weights: Sequence[str], generator: torch.Generator
+    block: Block,
+    inputs_NTH: Tensor,
+    batches: Sequence[slice],
+    weights: Sequence[str],
+    generator: torch.Generator,
+    *,
+    mask_NT: Tensor | None = None,
 ) -> dict[str, Tensor]:
     """Returns E[(J^T v)^2] for each output of each layer, (O,) float32, by weight name.
 
     J is the derivative of the block's output by the layer's output, v a normal probe: Hutchinson's estimate of the
     diagonal of J^T J, the Gauss-Newton curvature of the block's squared error. Source: docs/algorithms.md.
+
+    Args:
+        mask_NT: bool, False for padding, whose outputs do not count in the block's error.
     """
     sums: dict[str, Tensor] = {}
     counts: dict[str, int] = {}
@@ -54,6 +76,10 @@ def output_sensitivity(
         with _watched(block, weights, keep):
             result = block.forward(hidden, torch.arange(piece.start, piece.stop))
         probe = torch.randn(result.shape, generator=generator).to(result)
+        padding = 0
+        if mask_NT is not None:
+            probe = probe * mask_NT[piece].to(block.device)[..., None]
+            padding = int((~mask_NT[piece]).sum())
         names = list(outputs)
         gradients = torch.autograd.grad((result * probe).sum(), [outputs[name] for name in names], allow_unused=True)
         for name, gradient in zip(names, gradients, strict=True):
@@ -61,7 +87,8 @@ def output_sensitivity(
                 continue
             rows = gradient.flatten(0, -2).float()
             sums[name] = sums[name] + rows.square().sum(0) if name in sums else rows.square().sum(0)
-            counts[name] = counts.get(name, 0) + rows.shape[0]
+            sees_all = outputs[name].shape[:-1] == result.shape[:-1]
+            counts[name] = counts.get(name, 0) + rows.shape[0] - (padding if sees_all else 0)
     return {name: total / counts[name] for name, total in sums.items()}
 
 

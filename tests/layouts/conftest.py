@@ -118,8 +118,9 @@ def check_same_weight() -> Callable[[QuantizedTensor, QuantizedTensor], None]:
 def check_near_original(shared: Path) -> Callable[[GoldenLayer, QuantizedTensor], None]:
     """Returns an assertion that a golden layer, dequantized, is the original weight but for rounding.
 
-    A wrong order of rows, columns or bits, or zero points off by one, would leave half of the weights or more further
-    than a step away. Tuning moves a code by up to one; clip ranges may cut the few largest weights further.
+    Every weight that was not cut at an end of the grid is within 1.05 steps: 0.5 from rounding, and at most 0.55 from
+    the offsets, which move by 1/10 in each of the reference's 10 steps, decaying linearly to 0 (1 + 0.9 + ... + 0.1 =
+    5.5 tenths). Zero points off by one, or rows in another order, leave a third of these weights or more outside.
     """
     file = shared / "golden" / "tiny-llama" / "model.safetensors"
 
@@ -128,7 +129,8 @@ def check_near_original(shared: Path) -> Callable[[GoldenLayer, QuantizedTensor]
             original = handle.get_tensor(f"{golden.name}.weight").float()
         assert tuple(original.shape) == weight.shape
         step = weight.scale.abs().repeat_interleave(golden.group_size, dim=1)
-        near = (weight.dequantize() - original).abs() <= 1.01 * step
-        assert near.float().mean() > 0.98, (golden.name, near.float().mean())
+        inner = (weight.codes > 0) & (weight.codes < 2**golden.bits - 1)
+        assert inner.float().mean() > 0.3, golden.name
+        assert ((weight.dequantize() - original).abs() / step)[inner].max() <= 1.05, golden.name
 
     return check

@@ -66,9 +66,7 @@ def test_the_count_of_words_is_rounded_up_to_whole_units(count, bits, words):
     assert pack_bits(torch.zeros(count, dtype=torch.uint8), bits).shape == (words,)
 
 
-@given(
-    bits=st.sampled_from(WIDTHS), rows=st.integers(1, 4), count=st.integers(1, 100), seed=st.integers(0, 2**31)
-)
+@given(bits=st.sampled_from(WIDTHS), rows=st.integers(1, 4), count=st.integers(1, 100), seed=st.integers(0, 2**31))
 def test_pack_then_unpack_is_identity(bits, rows, count, seed):
     codes = random_codes(rows, count, bits=bits, seed=seed)
     packed = pack_bits(codes, bits)

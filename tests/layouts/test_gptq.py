@@ -22,9 +22,7 @@ LAYOUT_NAMES = ("gptq", "gptq_zp")
     group_size=st.sampled_from([-1, 16, 32]),
     seed=st.integers(0, 2**31),
 )
-def test_pack_then_unpack_is_identity(
-    make_weight, check_same_weight, name, bits, sym, rows, width, group_size, seed
-):
+def test_pack_then_unpack_is_identity(make_weight, check_same_weight, name, bits, sym, rows, width, group_size, seed):
     weight = make_weight(rows, width, bits=bits, group_size=group_size, sym=sym, seed=seed)
     layout = LAYOUTS[name]
     packed = layout.pack(weight)

@@ -190,6 +190,7 @@ def test_the_untied_head_of_a_config_is_not_tied():
 def test_a_registered_family_overrides_the_search(monkeypatch):
     class Family(ModelFamily):
         def block_lists(self, model: nn.Module) -> list[str]:
+            assert model.config.model_type == "test_family"
             return ["small"]
 
     model = nn.Module()

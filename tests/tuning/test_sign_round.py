@@ -116,7 +116,7 @@ def test_loss_and_gradients_are_those_of_the_mean_squared_error(split, make_task
     leaves = run.dequantized(requires_grad=True)
     expected = (task.block.forward(task.inputs[samples], samples, leaves) - task.targets[samples]).square().mean()
     expected.backward()
-    assert float(loss) == pytest.approx(float(expected), rel=1e-5)
+    assert float(loss) == pytest.approx(float(expected.detach()), rel=1e-5)
     for name, leaf in leaves.items():
         assert torch.allclose(gradients[name], leaf.grad, rtol=0, atol=1e-5 * float(leaf.grad.abs().max())), name
 
@@ -244,9 +244,9 @@ def test_adam_lowers_the_loss_another_way(make_task):
 
 def test_alg_ext_is_better_than_plain_sign_steps_on_average(make_task):
     gains = []
-    for seed in range(4):
+    for seed in range(3):
         task = make_task(W2A, seed=seed)
-        plain, extended = tune(task, iters=50), tune(task, iters=50, enable_alg_ext=True)
+        plain, extended = tune(task, iters=40), tune(task, iters=40, enable_alg_ext=True)
         gains.append(math.log(output_error(task, plain) / output_error(task, extended)))
     assert sum(gains) / len(gains) > 0
 
@@ -286,14 +286,17 @@ def test_a_loss_that_is_not_finite_only_in_a_step_falls_back_too(make_task):
     assert tune(task, iters=6, batch_size=2).note
 
 
-def test_padded_tokens_do_not_count(make_task, token_ids):
+@pytest.mark.parametrize("extra", [{}, {"enable_alg_ext": True}], ids=["plain", "alg_ext"])
+def test_padded_tokens_do_not_count(extra, make_task, token_ids):
+    """Neither what a block sees at padding nor what it should give there changes a code."""
     mask = torch.ones(8, 16, dtype=torch.bool)
     mask[:, 10:] = False
     task = make_task(W2, data=CalibrationSet(token_ids(8, 16), mask))
+    inputs = torch.where(mask[..., None], task.inputs, task.inputs * 3)
     targets = torch.where(mask[..., None], task.targets, task.targets + 1000)
-    other = dataclasses.replace(task, targets=targets)
-    assert_same_weights(tune(task), tune(other))
-    assert tune(task).best_loss == tune(other).best_loss < 10
+    other = dataclasses.replace(task, inputs=inputs, original_inputs=inputs, targets=targets)
+    assert_same_weights(tune(task, **extra), tune(other, **extra))
+    assert tune(task, **extra).best_loss == tune(other, **extra).best_loss < 10
 
 
 def test_the_loss_is_a_mean_over_real_tokens(make_task, token_ids):

@@ -1,0 +1,37 @@
+"""Where things run: device names as users write them, and the precision blocks run in."""
+
+from __future__ import annotations
+
+import torch
+
+from auto_round import distributed
+from auto_round.errors import ConfigError
+
+
+def compute_device(name: str | int | None) -> torch.device:
+    """Returns the device for "auto", "cpu", "cuda", "cuda:1", "1", "xpu" ...; ranks of one host take one GPU each.
+
+    Raises:
+        ConfigError: it does not exist here.
+    """
+    wanted = "auto" if name is None else str(name)
+    if wanted == "auto":
+        wanted = "cuda" if torch.cuda.is_available() else "cpu"
+    elif wanted.isdigit():
+        wanted = f"cuda:{wanted}" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(wanted)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        first = str(error).splitlines()[0]
+        raise ConfigError(f"device '{name}' cannot be used ({first}). Use auto, cpu, cuda, cuda:<n> or xpu") from error
+    if device.type == "cuda" and device.index is None and distributed.world_size() > 1:
+        device = torch.device("cuda", distributed.rank() % torch.cuda.device_count())
+    return device
+
+
+def compute_dtype(device: torch.device, stored: torch.dtype, *, amp: bool) -> torch.dtype:
+    """Returns the precision that blocks run in: 16 bits on GPUs (`amp`), float32 on CPUs, where it is also faster."""
+    if device.type == "cpu" or not amp:
+        return torch.float32
+    return torch.float16 if stored == torch.float16 else torch.bfloat16
