@@ -17,7 +17,8 @@ from auto_round import pipeline
 from auto_round.blocks import Block, BlockCalls
 from auto_round.config import PARTS, RunConfig, TuneConfig, parse_formats, parse_layer_config
 from auto_round.errors import ConfigError
-from auto_round.formats import EXPORTERS, check, export, targets
+from auto_round.formats import FormatTarget, check, export, targets
+from auto_round.formats.export import check_not_source
 from auto_round.models.base import LinearInfo, is_linear, is_transposed
 from auto_round.plan import Plan, _fit_group
 from auto_round.schemes import QuantizationScheme, to_scheme
@@ -126,14 +127,9 @@ class AutoRound:
             ConfigError: not quantized yet, or an unknown keyword.
             UnsupportedError: a format cannot hold the plan.
         """
-        unknown = set(unused) - {"inplace"}
-        if unknown:
-            raise ConfigError(f"save_quantized does not know {', '.join(sorted(unknown))}")
+        wanted = self._checked_targets(output_dir, format, unused)
         if self._store is None:
             raise ConfigError("nothing is quantized yet: call quantize() first, or quantize_and_save()")
-        names = parse_formats(format or self.config.format)
-        wanted = targets(names, Path(output_dir or self.config.output_dir))
-        check(self.plan, [target.exporter for target in wanted])
         for target in wanted:
             source = self.session.source
             export(target.exporter, target.folder, self.plan, source, self._store, self.session.config, self.tokenizer)
@@ -143,9 +139,23 @@ class AutoRound:
         self, output_dir: str | Path = "tmp_autoround", format: str = "auto_round", **unused: Any
     ) -> tuple[Any, list[Path]]:
         """Checks the formats, quantizes, writes. Returns the model and the folders."""
-        check(self.plan, [EXPORTERS[name] for name in parse_formats(format)])
+        self._checked_targets(output_dir, format, unused)
         model, _ = self.quantize()
         return model, self.save_quantized(output_dir, format, **unused)
+
+    def _checked_targets(
+        self, output_dir: str | Path | None, format: str | None, unused: Mapping[str, Any]
+    ) -> list[FormatTarget]:
+        """Returns formats and folders; everything that would keep them from being written is an error here."""
+        unknown = set(unused) - {"inplace"}
+        if unknown:
+            raise ConfigError(f"save_quantized does not know {', '.join(sorted(unknown))}")
+        names = parse_formats(format or self.config.format)
+        wanted = targets(names, Path(output_dir or self.config.output_dir))
+        check(self.plan, [target.exporter for target in wanted])
+        for target in wanted:
+            check_not_source(target.folder, self.session.source)
+        return wanted
 
 
 def _signature() -> inspect.Signature:
@@ -153,7 +163,7 @@ def _signature() -> inspect.Signature:
     fields = {}
     for owner in (*PARTS.values(), RunConfig):
         for field in dataclasses.fields(owner):
-            if field.name not in PARTS and not (owner is RunConfig and field.name == "scheme"):
+            if field.metadata:  # an option; fields without are the parts of RunConfig
                 default = field.default if field.default is not dataclasses.MISSING else None
                 fields[field.name] = inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=default)
     kinds = inspect.Parameter.POSITIONAL_OR_KEYWORD
@@ -217,10 +227,8 @@ def tune_block(
     device = inputs.device
     tensors = {f"{root}.{name}": tensor.detach().to(device) for name, tensor in named}
     dtype = inputs.dtype
-    runnable = {name: t.to(dtype) if t.is_floating_point() else t for name, t in tensors.items()}
     flat, spec = torch.utils._pytree.tree_flatten(((), dict(arguments or {})))
-    originals = {name: tensor for name, tensor in tensors.items() if tensor.ndim == 2}
-    view = Block((root,), (block,), (BlockCalls(tuple(flat), {}, spec),), runnable, originals, device, dtype)
+    view = Block((root,), (block,), (BlockCalls(tuple(flat), {}, spec),), tensors, device, dtype)
     batches = [slice(i, min(i + config.batch_size, len(inputs))) for i in range(0, len(inputs), config.batch_size)]
     if targets is None:
         with torch.no_grad():

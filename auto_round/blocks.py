@@ -58,15 +58,14 @@ class Block:
         names: module names, e.g. ("model.layers.0",).
         modules: the modules; they serve as code only and are never changed.
         calls: how the model calls each.
-        tensors: full parameter and buffer names -> tensors in the compute dtype.
-        originals: full names of linear weights -> the weights in their stored precision.
+        tensors: full parameter and buffer names -> tensors in their stored precision; a forward pass converts those
+            that are not replaced, so that no second copy of the weights stays while they are tuned.
     """
 
     names: tuple[str, ...]
     modules: tuple[nn.Module, ...]
     calls: tuple[BlockCalls, ...]
     tensors: Mapping[str, Tensor]
-    originals: Mapping[str, Tensor]
     device: torch.device
     dtype: torch.dtype
 
@@ -77,10 +76,12 @@ class Block:
 
     def forward(self, hidden_NTH: Tensor, samples: Tensor, replaced: Mapping[str, Tensor] | None = None) -> Tensor:
         """Returns the block's output for some samples, with some parameters replaced (full names)."""
+        replaced = replaced or {}
         for name, module, calls in zip(self.names, self.modules, self.calls, strict=True):
             dot = name + "."
-            state = {key[len(dot) :]: tensor for key, tensor in self.tensors.items() if key.startswith(dot)}
-            state.update({k[len(dot) :]: t for k, t in (replaced or {}).items() if k.startswith(dot)})
+            own = {key: tensor for key, tensor in self.tensors.items() if key.startswith(dot)}
+            state = {k[len(dot) :]: _to(t, self.device, self.dtype) for k, t in own.items() if k not in replaced}
+            state.update({k[len(dot) :]: t for k, t in replaced.items() if k.startswith(dot)})
             args, kwargs = calls.for_samples(samples, self.device, self.dtype)
             output = functional_call(module, state, (hidden_NTH, *args), kwargs)
             hidden_NTH = output[0] if isinstance(output, tuple) else output
@@ -126,10 +127,9 @@ class BlockStream:
         for name in names:
             stored.update(self.source.tensors(name))
         modules = tuple(self.source.model.get_submodule(name) for name in names)
-        tensors = {key: _to(tensor, self.device, self.dtype) for key, tensor in stored.items()}
-        originals = {key: tensor.to(self.device) for key, tensor in stored.items() if tensor.ndim == 2}
+        tensors = {key: tensor.to(self.device) for key, tensor in stored.items()}
         calls = tuple(self._calls[name] for name in names)
-        return Block(names, modules, calls, tensors, originals, self.device, self.dtype)
+        return Block(names, modules, calls, tensors, self.device, self.dtype)
 
     def batches(self) -> list[slice]:
         """Returns the samples of each forward pass; fixed, so that results do not depend on ranks or resuming."""
@@ -178,9 +178,11 @@ class BlockStream:
             last = self.source.model.get_submodule(names[-1])
             with _replaced_modules(self.source.model, [head], lambda _name: _Identity(collected)):
                 for piece in self.batches():
-                    last.output = chain_NTH[piece].to(self.device)
+                    rows = chain_NTH[piece].to(self.device)
+                    last.output = rows if self.data.attention_mask is None else torch.cat([rows, rows[:1]])
                     self._forward_skeleton(piece)
-        return torch.cat([hidden.to(self.storage) for hidden in collected])
+        sizes = [piece.stop - piece.start for piece in self.batches()]
+        return torch.cat([hidden[:size].to(self.storage) for hidden, size in zip(collected, sizes, strict=True)])
 
     def _identity_pass(self) -> tuple[Tensor, dict[str, BlockCalls]]:
         recorders: dict[str, _Recorder] = {}
@@ -196,17 +198,20 @@ class BlockStream:
         first = recorders[names[0]]
         if not first.hidden:
             raise UnsupportedError(f"{type(self.source.model).__name__} never called {names[0]} in its forward pass")
-        inputs = torch.cat([hidden.to(self.storage) for hidden in first.hidden])
+        extra = 0 if self.data.attention_mask is None else 1
+        inputs = torch.cat([hidden[: len(hidden) - extra].to(self.storage) for hidden in first.hidden])
         merged: dict[tuple[int, ...], Any] = {}
         count = len(self.data)
-        return inputs, {name: _merge_calls(recorder.calls, count, merged) for name, recorder in recorders.items()}
+        return inputs, {
+            name: _merge_calls(recorder.calls, count, extra, merged) for name, recorder in recorders.items()
+        }
 
     def _forward_skeleton(self, piece: slice) -> None:
-        ids = self.data.input_ids[piece].to(self.device)
-        mask = None if self.data.attention_mask is None else self.data.attention_mask[piece].to(self.device).long()
-        arguments: dict[str, Any] = {"input_ids": ids, "use_cache": False}
-        if mask is not None:
-            arguments["attention_mask"] = mask
+        ids = self.data.input_ids[piece]
+        arguments: dict[str, Any] = {"input_ids": ids.to(self.device), "use_cache": False}
+        if self.data.attention_mask is not None:
+            ids, mask = _with_padded_row(ids, self.data.attention_mask[piece])
+            arguments = {"input_ids": ids.to(self.device), "attention_mask": mask.to(self.device), "use_cache": False}
         functional_call(self.source.model, self._skeleton, (), arguments, strict=False)
 
 
@@ -261,6 +266,17 @@ def _replaced_modules(model: nn.Module, names: Sequence[str], make: Any) -> Iter
             parent._modules[leaf] = original
 
 
+def _with_padded_row(ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns a batch with one more row, padded at its end, and its mask.
+
+    A model leaves the mask out for a batch that nothing is padded in. The extra row makes it build one for every
+    batch, so that samples of all batches can be mixed later; its results are dropped.
+    """
+    extra = torch.ones_like(mask[:1])
+    extra[:, -1] = False
+    return torch.cat([ids, ids[:1]]), torch.cat([mask, extra]).long()
+
+
 def outside_tensors(source: WeightSource, groups: Sequence[tuple[str, ...]]) -> dict[str, Tensor]:
     """Returns parameters and buffers outside the blocks, by name, tied ones once (functional_call ties them)."""
     inside = tuple(name + "." for group in groups for name in group)
@@ -271,10 +287,14 @@ def outside_tensors(source: WeightSource, groups: Sequence[tuple[str, ...]]) -> 
     return tensors
 
 
-def _merge_calls(calls: list[tuple[int, tuple, dict]], count: int, merged: dict[tuple[int, ...], Any]) -> BlockCalls:
+def _merge_calls(
+    calls: list[tuple[int, tuple, dict]], count: int, extra: int, merged: dict[tuple[int, ...], Any]
+) -> BlockCalls:
     """Joins the calls of all batches: tensors that are the same for every sample are kept once.
 
     Args:
+        count: samples of all calls.
+        extra: rows at the end of each call that are no samples.
         merged: what was joined for earlier blocks, by identity; blocks mostly get the very same tensors.
     """
     flat = [torch.utils._pytree.tree_flatten((args, kwargs)) for _, args, kwargs in calls]
@@ -284,12 +304,13 @@ def _merge_calls(calls: list[tuple[int, tuple, dict]], count: int, merged: dict[
     for position, first in enumerate(leaves_by_call[0]):
         leaf = first
         values = [leaves[position] for leaves in leaves_by_call]
-        if isinstance(first, Tensor) and first.ndim > 0 and sum(sizes) == count:
+        if isinstance(first, Tensor) and first.ndim > 0 and sum(sizes) - extra * len(sizes) == count:
             if all(v.shape[0] == size for v, size in zip(values, sizes, strict=True)):
                 identity = tuple(id(v) for v in values)
                 if identity not in merged:
-                    same = all(torch.equal(v, first[:1].expand_as(v)) for v in values)
-                    merged[identity] = (first[:1], None) if same else (None, torch.cat([v.cpu() for v in values]))
+                    rows = [v[: v.shape[0] - extra] for v in values]
+                    same = all(torch.equal(v, first[:1].expand_as(v)) for v in rows)
+                    merged[identity] = (first[:1], None) if same else (None, torch.cat([v.cpu() for v in rows]))
                 leaf, varying = merged[identity]
                 if varying is not None:
                     per_sample[position] = varying

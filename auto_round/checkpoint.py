@@ -1,14 +1,13 @@
-"""Where weights come from and where they go: one prefix at a time, never a whole model.
+"""Where weights come from: one prefix at a time, never a whole model.
 
 `CheckpointSource` reads a folder of safetensors; `ModuleSource` a model in memory. Both give plain dictionaries of
-tensors; the model object (on the meta device for a folder) serves as structure only. `ShardWriter` writes shards, index
-and side files. Only this file touches Transformers' weight-conversion interface, which is internal there.
+tensors; the model object (on the meta device for a folder) serves as structure only. Only this file touches
+Transformers' weight-conversion interface, which is internal there.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import pickle
 import shutil
 from collections.abc import Iterator, Mapping
@@ -17,12 +16,11 @@ from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from auto_round.errors import CheckpointError, ConfigError, UnsupportedError
+from auto_round.shards import INDEX_NAME
 
-INDEX_NAME = "model.safetensors.index.json"
 PICKLED_INDEX_NAME = "pytorch_model.bin.index.json"
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".ckpt")
 
@@ -84,7 +82,10 @@ class CheckpointSource:
     def read(self, key: str) -> Tensor:
         """Returns the tensor stored under a checkpoint key."""
         handle = self._handle(key)
-        return handle[key] if isinstance(handle, dict) else handle.get_tensor(key)
+        try:
+            return handle[key] if isinstance(handle, dict) else handle.get_tensor(key)
+        except (KeyError, SafetensorError) as error:
+            raise CheckpointError(f"{self.folder}: {self.files[key]} does not hold {key} ({error})") from error
 
     def tensors(self, prefix: str) -> dict[str, Tensor]:
         """Returns parameters and buffers below a module; an empty prefix means everything outside the blocks."""
@@ -157,66 +158,6 @@ class ModuleSource:
         return {dot + name: tensor.detach() for name, tensor in named}
 
 
-class ShardWriter:
-    """Writes tensors into shards of bounded size as they come, then the index.
-
-    Args:
-        folder: made if it is not there.
-        max_shard_bytes: a shard is closed before it would grow past this.
-    """
-
-    def __init__(self, folder: Path, max_shard_bytes: int) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        self.folder = folder
-        self.max_shard_bytes = max_shard_bytes
-        self._pending: dict[str, Tensor] = {}
-        self._pending_bytes = 0
-        self._shards: list[list[str]] = []
-        self._total = 0
-
-    def add(self, key: str, tensor: Tensor) -> None:
-        """Queues one tensor; full shards go to disk at once."""
-        size = tensor.numel() * tensor.element_size()
-        if self._pending and self._pending_bytes + size > self.max_shard_bytes:
-            self._flush()
-        self._pending[key] = tensor.detach().cpu().contiguous()
-        self._pending_bytes += size
-        self._total += size
-
-    def close(self) -> None:
-        """Writes what is pending, names the shards and writes the index when there are several."""
-        self._flush()
-        count = len(self._shards)
-        weight_map = {}
-        for number, keys in enumerate(self._shards, 1):
-            name = "model.safetensors" if count == 1 else f"model-{number:05d}-of-{count:05d}.safetensors"
-            (self.folder / self._part(number)).rename(self.folder / name)
-            weight_map.update(dict.fromkeys(keys, name))
-        if count > 1:
-            index = {"metadata": {"total_size": self._total}, "weight_map": dict(sorted(weight_map.items()))}
-            (self.folder / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-
-    def _flush(self) -> None:
-        if not self._pending:
-            return
-        self._shards.append(list(self._pending))
-        part = self.folder / self._part(len(self._shards))
-        save_file(self._pending, str(part), metadata={"format": "pt"})
-        part.chmod(0o666 & ~_umask())  # safetensors writes files that only their owner can read
-        self._pending, self._pending_bytes = {}, 0
-
-    @staticmethod
-    def _part(number: int) -> str:
-        return f".part-{number:05d}.safetensors"
-
-
-def _umask() -> int:
-    """Returns the process's file mode mask, which can only be read by setting it."""
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
 def copy_side_files(source: Path, target: Path) -> None:
     """Copies every file of a checkpoint folder that holds no weights and no config of its own making.
 
@@ -227,15 +168,6 @@ def copy_side_files(source: Path, target: Path) -> None:
         if file.is_file() and file.name not in skipped and file.suffix not in WEIGHT_SUFFIXES:
             if not file.name.startswith("."):
                 shutil.copyfile(file, target / file.name)
-
-
-def clear_weights(folder: Path) -> None:
-    """Removes weights of an earlier export, so that no stale shard is left beside new ones."""
-    for file in folder.glob("*.safetensors"):
-        file.unlink()
-    for file in folder.glob(".part-*.safetensors"):
-        file.unlink()
-    (folder / INDEX_NAME).unlink(missing_ok=True)
 
 
 def resolve_folder(model: str) -> Path:
@@ -297,7 +229,10 @@ def _weight_map(folder: Path) -> dict[str, str]:
     for index_name, pattern in ((INDEX_NAME, "*.safetensors"), (PICKLED_INDEX_NAME, "pytorch_model*.bin")):
         index = folder / index_name
         if index.is_file():
-            weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+            try:
+                weight_map = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
+            except (ValueError, TypeError, KeyError) as error:
+                raise CheckpointError(f"{index} is no index of weights: {error!r}") from error
             absent = sorted({file for file in weight_map.values() if not (folder / file).is_file()})
             if absent:
                 raise CheckpointError(f"{folder}: the index names files that are not there: {', '.join(absent)}")

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import functools
 import logging
 import os
 import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from auto_round.config import PARTS, RECIPES, RunConfig, parse_layer_config
 from auto_round.errors import AutoRoundError, ConfigError, nearest
+
+if TYPE_CHECKING:
+    from auto_round.evaluation import EvalSettings
 
 USAGE = """%(prog)s --model DIR_OR_NAME [options]
        %(prog)s plan --model DIR_OR_NAME [options]      what becomes of each weight; reads no weights
@@ -67,8 +69,8 @@ def main_eval(argv: Sequence[str] | None = None) -> int:
     try:
         if not options.ppl and options.tasks is None:
             raise ConfigError("nothing to measure. Give --ppl FILE, or --tasks for lm-eval")
-        remote = options.trust_remote_code
-        _evaluate(options, options.model, device=options.device, trust_remote_code=remote, label="")
+        settings = _evaluation_settings(options, options.device, trust_remote_code=options.trust_remote_code)
+        _evaluate(options, options.model, settings, label="")
     except AutoRoundError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return 2
@@ -140,7 +142,7 @@ def _quantize(arguments: list[str], recipe: str) -> int:
 
 
 def _run(config: RunConfig, parsed: argparse.Namespace, *, plan_only: bool) -> int:
-    from auto_round import distributed, pipeline
+    from auto_round import distributed, evaluation, pipeline
     from auto_round.plan import describe
     from auto_round.report import describe_memory
 
@@ -150,35 +152,43 @@ def _run(config: RunConfig, parsed: argparse.Namespace, *, plan_only: bool) -> i
         print(describe(session.plan))
         print(describe_memory(session.plan, session.config))
         return 0
+    settings = _evaluation_settings(parsed, config.device, trust_remote_code=config.trust_remote_code)
+    if parsed.tasks is not None:
+        evaluation.require_task_packages()
     distributed.start()
     if not distributed.is_writer():
         logging.getLogger("auto_round").setLevel(logging.WARNING)
-    measure = functools.partial(_evaluate, parsed, device=config.device, trust_remote_code=config.trust_remote_code)
     try:
         if parsed.ppl and distributed.is_writer():
-            measure(config.model, label="before: ")
+            _evaluate(parsed, config.model, settings, label="before: ")
         result = pipeline.run(session)
         if distributed.is_writer():
             print(f"quantized {len(session.plan.structure.blocks)} blocks in {result.seconds:.1f} s")
             for folder in result.folders:
                 if parsed.ppl or parsed.tasks is not None:
-                    measure(folder, label="after: ")
+                    _evaluate(parsed, folder, settings, label="after: ")
                 print(f"saved to {folder}")
     finally:
         distributed.stop()
     return 0
 
 
-def _evaluate(options: argparse.Namespace, model: Any, *, device: str, trust_remote_code: bool, label: str) -> None:
+def _evaluation_settings(options: argparse.Namespace, device: str, *, trust_remote_code: bool) -> EvalSettings:
+    """Returns how to evaluate; numbers that are not allowed are an error here, before a run."""
     from auto_round import evaluation
 
-    settings = evaluation.EvalSettings(
+    return evaluation.EvalSettings(
         seqlen=options.ppl_seqlen,
         max_tokens=options.ppl_tokens,
         batch_size=options.eval_bs,
         device=device,
         trust_remote_code=trust_remote_code,
     )
+
+
+def _evaluate(options: argparse.Namespace, model: Any, settings: EvalSettings, *, label: str) -> None:
+    from auto_round import evaluation
+
     if options.ppl:
         value = evaluation.perplexity_of_folder(model, options.ppl, settings)
         print(f"{label}perplexity {value:.3f} on {options.ppl}")

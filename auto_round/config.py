@@ -228,7 +228,7 @@ def parse_size(text: str) -> int:
         number, factor = cleaned, 1
     try:
         size = int(float(number) * factor)
-    except ValueError:
+    except (ValueError, OverflowError):
         raise ConfigError(f"'{text}' is no size. Write for example 5GB or 300MB") from None
     if size <= 0:
         raise ConfigError(f"'{text}' must be larger than 0")

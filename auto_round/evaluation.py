@@ -26,6 +26,8 @@ class EvalSettings:
         seqlen: tokens of a window of perplexity.
         max_tokens: use only the first so many tokens of the text; None for all.
         batch_size: windows, or samples of tasks, at a time.
+    Raises:
+        ConfigError: a number is too small; all are reported together.
     """
 
     seqlen: int = 512
@@ -33,6 +35,17 @@ class EvalSettings:
     batch_size: int = 8
     device: str = "auto"
     trust_remote_code: bool = False
+
+    def __post_init__(self) -> None:
+        problems = []
+        if self.seqlen < 2:
+            problems.append(f"perplexity seqlen={self.seqlen} (at least 2, so that there is a token to predict)")
+        if self.max_tokens is not None and self.max_tokens < 1:
+            problems.append(f"perplexity tokens={self.max_tokens} (must be positive)")
+        if self.batch_size < 1:
+            problems.append(f"evaluation batch_size={self.batch_size} (must be positive)")
+        if problems:
+            raise ConfigError("; ".join(problems))
 
 
 def text_windows(file: str | Path, tokenizer: Any, *, seqlen: int, max_tokens: int | None = None) -> Tensor:
@@ -79,12 +92,25 @@ def load_for_evaluation(model: str | Path, settings: EvalSettings) -> Any:
 
 
 def perplexity_of_folder(model: str | Path, file: str | Path, settings: EvalSettings) -> float:
-    """Returns the perplexity of a model folder, 16-bit or quantized, on a text file."""
+    """Returns the perplexity of a model folder, 16-bit or quantized, on a text file.
+
+    Raises:
+        ConfigError: no such file, or no tokenizer beside the model. CalibrationError: the file is too short.
+    """
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=settings.trust_remote_code)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=settings.trust_remote_code)
+    except (OSError, ValueError) as error:
+        first = str(error).splitlines()[0]
+        raise ConfigError(f"{model} has no tokenizer that loads, so no text can be measured on it ({first})") from error
     windows = text_windows(file, tokenizer, seqlen=settings.seqlen, max_tokens=settings.max_tokens)
     return perplexity(load_for_evaluation(model, settings), windows, batch_size=settings.batch_size)
+
+
+def require_task_packages() -> None:
+    """Raises MissingDependencyError if `task_scores` would, so that a run can ask before its work."""
+    require("lm_eval", needed_for="--tasks", install="auto-round[eval]")
 
 
 def task_scores(model: str | Path, tasks: str, settings: EvalSettings) -> dict[str, Any]:
@@ -93,7 +119,7 @@ def task_scores(model: str | Path, tasks: str, settings: EvalSettings) -> dict[s
     Raises:
         MissingDependencyError: lm-eval is not installed.
     """
-    require("lm_eval", needed_for="--tasks", install="auto-round[eval]")
+    require_task_packages()
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
 

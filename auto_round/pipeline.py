@@ -90,6 +90,9 @@ def open_session(config: RunConfig, *, tokenizer: Any = None) -> Session:
 def format_targets(session: Session) -> list[FormatTarget]:
     """Returns the formats of a run and their folders, each checked against the plan."""
     found = targets(parse_formats(session.config.format), Path(session.config.output_dir))
+    original = session.source.folder
+    if original is not None and any(target.folder.resolve() == original.resolve() for target in found):
+        raise ConfigError(f"output_dir {original} holds the original model, which would be overwritten. Choose another")
     check(session.plan, [target.exporter for target in found])
     return found
 
@@ -278,7 +281,7 @@ def _open_store(work: Path, session: Session, data: CalibrationSet | None) -> Ru
         "weights": {name: entry.scheme.to_dict() for name, entry in session.plan.quantized().items()},
         "groups": [list(group) for group in session.plan.groups],
         "tune": dataclasses.asdict(session.config.tune) if data is not None else {"iters": 0, "disable_opt_rtn": True},
-        "calibration": None if data is None else hashlib.sha256(data.input_ids.numpy().tobytes()).hexdigest(),
+        "calibration": None if data is None else _data_identity(data),
         "world_size": distributed.world_size(),
     }
     if not distributed.is_writer():
@@ -287,6 +290,13 @@ def _open_store(work: Path, session: Session, data: CalibrationSet | None) -> Ru
     store = RunStore(work, fingerprint, resume=session.config.resume)
     distributed.barrier()
     return store
+
+
+def _data_identity(data: CalibrationSet) -> str:
+    digest = hashlib.sha256(data.input_ids.numpy().tobytes())
+    if data.attention_mask is not None:
+        digest.update(data.attention_mask.numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _model_identity(source: WeightSource) -> dict[str, Any]:

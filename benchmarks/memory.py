@@ -31,7 +31,7 @@ def make_checkpoint(folder: Path, gigabytes: float) -> int:
     import torch
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-    from auto_round.checkpoint import ShardWriter
+    from auto_round.shards import ShardWriter
 
     config = LlamaConfig(
         vocab_size=4096, hidden_size=2048, intermediate_size=5632, num_hidden_layers=1, num_attention_heads=16,

@@ -190,7 +190,9 @@ def test_a_block_that_overflows_names_itself_and_the_samples(make_model, data):
     model = make_model()
     with torch.no_grad():
         model.model.layers[1].mlp.down_proj.weight.fill_(3e38)
-    with pytest.raises(CalibrationError, match=r"^model\.layers\.1 gives values that are not finite for samples \[0, 1"):
+    with pytest.raises(
+        CalibrationError, match=r"^model\.layers\.1 gives values that are not finite for samples \[0, 1"
+    ):
         streamed(ModuleSource(model), data)
 
 
@@ -219,5 +221,5 @@ def test_arguments_that_are_the_same_for_every_sample_are_kept_once(make_model, 
 
 def test_blocks_share_the_arguments_that_the_model_shares(make_model, padded):
     stream = open_stream(ModuleSource(make_model()), padded)
-    first, second = (list(stream.load(index).calls[0].per_sample.values())[0] for index in (0, 1))
+    first, second = (next(iter(stream.load(index).calls[0].per_sample.values())) for index in (0, 1))
     assert first is second

@@ -8,16 +8,9 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
-from auto_round.checkpoint import (
-    INDEX_NAME,
-    CheckpointSource,
-    ModuleSource,
-    ShardWriter,
-    clear_weights,
-    copy_side_files,
-    resolve_folder,
-)
+from auto_round.checkpoint import CheckpointSource, ModuleSource, copy_side_files, resolve_folder
 from auto_round.errors import CheckpointError, ConfigError
+from auto_round.shards import INDEX_NAME, ShardWriter
 
 KINDS = ("llama", "qwen3", "opt", "gpt2", "qwen3_moe", "mixtral")
 ANY_SIZE = 10**9
@@ -286,55 +279,6 @@ def test_a_quantized_model_is_refused_by_its_method(any_model, tmp_path):
         CheckpointSource(tmp_path)
 
 
-def write(folder: Path, tensors: dict[str, torch.Tensor], limit: int) -> None:
-    writer = ShardWriter(folder, limit)
-    for key, tensor in tensors.items():
-        writer.add(key, tensor)
-    writer.close()
-
-
-def test_one_shard_needs_no_index(tmp_path):
-    tensors = {"a": torch.arange(6.0), "b": torch.ones(2, 2, dtype=torch.bfloat16)}
-    write(tmp_path / "new" / "folder", tensors, ANY_SIZE)
-    assert [file.name for file in (tmp_path / "new" / "folder").iterdir()] == ["model.safetensors"]
-    loaded = load_file(tmp_path / "new" / "folder" / "model.safetensors")
-    assert all(torch.equal(loaded[key], tensor) for key, tensor in tensors.items())
-
-
-def test_shards_are_cut_at_the_limit_and_indexed(tmp_path):
-    # 40 bytes each: two fit into 100, a third does not; a tensor larger than the limit has a shard of its own.
-    tensors = {name: torch.full((10,), float(number)) for number, name in enumerate("edcba")}
-    tensors["large"] = torch.zeros(100)
-    write(tmp_path, tensors, 100)
-    index = json.loads((tmp_path / INDEX_NAME).read_text())
-    shard = "model-{:05d}-of-00004.safetensors"
-    assert index["weight_map"] == {
-        "a": shard.format(3),
-        "b": shard.format(2),
-        "c": shard.format(2),
-        "d": shard.format(1),
-        "e": shard.format(1),
-        "large": shard.format(4),
-    }
-    assert index["metadata"]["total_size"] == 5 * 40 + 400
-    assert {file.name for file in tmp_path.iterdir()} == {INDEX_NAME, *index["weight_map"].values()}
-    for key, file in index["weight_map"].items():
-        assert torch.equal(load_file(tmp_path / file)[key], tensors[key])
-
-
-def test_exactly_full_shards_are_not_cut_early(tmp_path):
-    write(tmp_path, {name: torch.zeros(10) for name in "abcd"}, 80)
-    assert len(list(tmp_path.glob("*.safetensors"))) == 2
-
-
-def test_views_are_written_by_value(tmp_path):
-    table = torch.arange(12.0).reshape(3, 4)
-    write(tmp_path, {"column": table[:, 1], "transposed": table.t()}, ANY_SIZE)
-    loaded = load_file(tmp_path / "model.safetensors")
-    assert torch.equal(loaded["column"], table[:, 1])
-    assert torch.equal(loaded["transposed"], table.t())
-
-
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("limit", [40_000, ANY_SIZE], ids=["many shards", "one shard"])
 def test_a_model_in_memory_can_be_written_and_read_back(any_model, kind, limit, tmp_path):
@@ -342,16 +286,11 @@ def test_a_model_in_memory_can_be_written_and_read_back(any_model, kind, limit, 
     model = any_model(kind)
     model.config.save_pretrained(tmp_path)
     source = ModuleSource(model)
-    write(tmp_path, {key: source.read(key) for key in source.keys()}, limit)
+    writer = ShardWriter(tmp_path, limit)
+    for key in source.keys():
+        writer.add(key, source.read(key))
+    writer.close()
     check_same_tensors(CheckpointSource(tmp_path), model)
-
-
-def test_transformers_reads_what_was_written(any_model, tmp_path):
-    model = any_model("llama")
-    model.config.save_pretrained(tmp_path)
-    write(tmp_path, dict(model.state_dict()), 40_000)
-    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
-    assert all(torch.equal(again.state_dict()[key], tensor) for key, tensor in model.state_dict().items())
 
 
 def test_side_files_travel_and_weights_and_configs_do_not(tmp_path):
@@ -373,13 +312,6 @@ def test_side_files_travel_and_weights_and_configs_do_not(tmp_path):
     copy_side_files(source, target)
     assert {file.name for file in target.iterdir()} == kept
     assert (target / "tokenizer.json").read_text() == "tokenizer.json"
-
-
-def test_weights_of_an_earlier_export_are_removed(tmp_path):
-    for name in ("model-00001-of-00002.safetensors", ".part-00001.safetensors", INDEX_NAME, "tokenizer.json"):
-        (tmp_path / name).write_text("")
-    clear_weights(tmp_path)
-    assert [file.name for file in tmp_path.iterdir()] == ["tokenizer.json"]
 
 
 def test_a_folder_is_itself(tmp_path):

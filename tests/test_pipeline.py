@@ -131,6 +131,17 @@ def test_plain_rounding_reads_no_calibration_data(make_model, tmp_path):
     run(make_model(), tmp_path / "out", dataset="no-such-file.jsonl", **ROUNDING)
 
 
+def test_what_lies_under_padding_changes_no_code(make_model, token_ids, tmp_path):
+    mask = torch.ones(8, 16, dtype=torch.bool)
+    mask[2:, 11:] = False  # the first two samples are whole
+    stores = []
+    for seed in (0, 9):
+        tokens = torch.where(mask, token_ids(8, 16), token_ids(8, 16, seed=seed))
+        options = {**FAST, "quant_lm_head": True, "bits": 2, "dataset": CalibrationSet(tokens, mask)}
+        stores.append(quantize(make_model(), tmp_path / str(seed), **options)[0])
+    assert_same_store(*stores)
+
+
 @pytest.mark.parametrize("nblocks", [2, 3])
 def test_blocks_tuned_together_are_all_stored(nblocks, make_model, ids, tmp_path):
     result = run(make_model("gemma3"), tmp_path / "out", dataset=ids, nblocks=nblocks, **FAST)
@@ -449,7 +460,9 @@ def test_a_killed_run_that_is_resumed_writes_the_same_bytes(options, make_model,
 
     written = []
     save = RunStore.save
-    monkeypatch.setattr(RunStore, "save", lambda self, block, result: written.append(block) or save(self, block, result))
+    monkeypatch.setattr(
+        RunStore, "save", lambda self, block, result: written.append(block) or save(self, block, result)
+    )
     data = {"dataset": ids} if tuned else {}
     run(folder, output, resume=True, **options, **data)
     assert written == ["model.layers.1"]
@@ -543,6 +556,15 @@ def test_a_format_that_cannot_hold_the_plan_is_refused_before_any_work(make_mode
     with pytest.raises(UnsupportedError, match="bits=8"):
         run(make_model(), tmp_path / "out", format="auto_round:auto_awq", bits=8, **ROUNDING)
     assert not (tmp_path / "out").exists()
+
+
+def test_writing_over_the_original_model_is_refused_before_any_work(make_model, tmp_path, monkeypatch):
+    folder = saved(make_model(), tmp_path / "model")
+    before = bytes_of(folder)
+    monkeypatch.setattr(RunStore, "save", lambda *_args: pytest.fail("a block was quantized"))
+    with pytest.raises(ConfigError, match="holds the original model"):
+        run(folder, tmp_path / "model", **ROUNDING)
+    assert bytes_of(folder) == before
 
 
 def test_seeds_of_blocks_depend_on_seed_and_name():

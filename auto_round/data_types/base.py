@@ -20,8 +20,9 @@ from auto_round.registry import Registry
 from auto_round.schemes import QuantizationScheme
 from auto_round.tensors import QuantizedTensor
 
-# Smallest magnitude of a scale: float16 keeps about 7 significant bits there. A group of zeros gets this scale.
-MIN_SCALE = {"float16": 1e-5, "bfloat16": 1e-8, "float32": 1e-8}
+# Smallest magnitude of a scale: float16 keeps 7 significant bits there. A group of zeros gets this scale. They are
+# powers of two, because each must be a number of its dtype: what is stored has to be what was tuned.
+MIN_SCALE = {"float16": 2.0**-17, "bfloat16": 2.0**-27, "float32": 2.0**-27}
 
 Range = Mapping[str, Tensor]
 Params = Mapping[str, Tensor]

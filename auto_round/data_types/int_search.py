@@ -63,6 +63,8 @@ def _refit(
     refitted = cross / power.clamp(min=1e-30)
     usable = (power > 0) & (refitted * scale > 0)
     refitted = cast_ste(torch.where(usable, refitted, scale), scheme.scale_dtype)
+    floor = MIN_SCALE[scheme.scale_dtype]  # what a smaller scale becomes when it is stored
+    refitted = torch.where(refitted < 0, refitted.clamp(max=-floor), refitted.clamp(min=floor))
     if scheme.bits <= CLOSED_FORM_BITS:
         return refitted, refitted * (refitted * power - 2 * cross)
     return refitted, _error(x, importance, levels, refitted, scheme)
@@ -109,7 +111,8 @@ def _search_asymmetric(
     best_scale = cast_ste((high - low) / top, scheme.scale_dtype).clamp(min=MIN_SCALE[scheme.scale_dtype])
     best_zero = (-low / best_scale).round().clamp(min_zero, top)
     best_error = _error(x, importance, levels_for(best_scale, best_zero), best_scale, scheme)
-    start_scale = best_scale
+    # A group without negative weights loses the levels below the smallest zero point and needs the larger scale.
+    start_scale = torch.maximum(best_scale, high / (top - min_zero))
     for ratio in ASYMMETRIC_RATIOS:
         candidate = start_scale * ratio
         center = (-low * min(ratio, 1.0) / candidate.clamp(min=floor)).round()

@@ -13,10 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from auto_round.checkpoint import ShardWriter, WeightSource, clear_weights, copy_side_files
+from auto_round.checkpoint import WeightSource, copy_side_files
 from auto_round.config import MODEL_DTYPES, RunConfig, parse_size
+from auto_round.errors import ConfigError
 from auto_round.formats.base import Exporter
 from auto_round.plan import Plan
+from auto_round.shards import ShardWriter, clear_weights
 from auto_round.store import RunStore
 from auto_round.tensors import BlockResult, QuantizedTensor
 
@@ -37,7 +39,10 @@ def export(
     Args:
         folder: made if need be; weights of an earlier export in it are removed first.
         tokenizer: saved beside the model when the source is no folder; may be None.
+    Raises:
+        ConfigError: `folder` is the folder of the original weights.
     """
+    check_not_source(folder, source)
     folder.mkdir(parents=True, exist_ok=True)
     clear_weights(folder)
     dtype = getattr(torch, MODEL_DTYPES[config.model_dtype]) if config.model_dtype else None
@@ -60,6 +65,12 @@ def export(
         copy_side_files(source.folder, folder)
     else:
         _save_side_files(source.model, tokenizer, folder)
+
+
+def check_not_source(folder: Path, source: WeightSource) -> None:
+    """Raises ConfigError if a checkpoint would be written over the weights that it is made from."""
+    if source.folder is not None and folder.resolve() == source.folder.resolve():
+        raise ConfigError(f"{folder} holds the original model, which would be lost. Give another --output_dir")
 
 
 def _in_dtype(key: str, tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
@@ -132,6 +143,7 @@ def _write_configs(exporter: Exporter, folder: Path, plan: Plan, source: WeightS
     if config.model_dtype is not None:
         model_config["dtype"] = MODEL_DTYPES[config.model_dtype]
     quantization = exporter.quantization_config(plan, config)
+    (folder / "quantization_config.json").unlink(missing_ok=True)  # of an earlier export
     if quantization is not None:
         model_config["quantization_config"] = quantization
         _write_json(folder / "quantization_config.json", quantization)

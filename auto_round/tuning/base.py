@@ -42,9 +42,9 @@ class TuningTask:
     seed: int
 
     def weight(self, name: str) -> Tensor:
-        """Returns the original weight (O, I), float32, on the compute device."""
-        stored = self.block.originals[name].float()
-        return stored.t().contiguous() if name in self.transposed else stored
+        """Returns the original weight (O, I), in its stored precision, on the compute device."""
+        stored = self.block.tensors[name]
+        return stored.t() if name in self.transposed else stored
 
     def as_parameter(self, name: str, weight_OI: Tensor) -> Tensor:
         """Returns a weight in the form and precision that the block's forward takes."""

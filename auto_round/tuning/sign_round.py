@@ -38,7 +38,17 @@ PROBE_BATCHES = 2
 CLIP_BOUNDS = (0.5, 1.5)  # around the searched scale; the min-max range is only one of its candidates
 # Blocks up to this many weights spend their time in kernel launches; larger ones would only pay the graph's memory.
 CAPTURED_WEIGHTS = 50_000_000
+# A step works on so many weights at a time: on a GPU (False) and on a CPU (True), where less stays in the cache.
+PIECE_ELEMENTS = {False: 1 << 25, True: 1 << 20}
 NORM_STEP = 0.1  # norms and biases move by this share of a clip factor's step, relative to their own size
+
+
+@dataclasses.dataclass(frozen=True, slots=True, eq=False)
+class Curvature:
+    """Diagonal of a weight's Gauss-Newton matrix, of rank one: h_ij = outputs_i * inputs_j, (O,) and (I,) float32."""
+
+    outputs: Tensor
+    inputs: Tensor
 
 
 @dataclasses.dataclass(slots=True, eq=False)
@@ -50,29 +60,47 @@ class TunedWeight:
     data_type: DataType
     range_: Range
     params: dict[str, Tensor]
-    curvature: Tensor | None
+    curvature: Curvature | None
     reach: float
+
+    def pieces(self) -> list[tuple[slice, TunedWeight]]:
+        """Returns views of some rows each, so that the intermediates of a step stay small; one if scales are shared."""
+        rows, width = self.weight.shape
+        step = max(1, PIECE_ELEMENTS[self.weight.device.type == "cpu"] // width)
+        if step >= rows or self.scheme.group_size == 0:
+            return [(slice(0, rows), self)]
+        return [(slice(start, start + step), self._rows(slice(start, start + step))) for start in range(0, rows, step)]
+
+    def _rows(self, rows: slice) -> TunedWeight:
+        curvature = self.curvature and Curvature(self.curvature.outputs[rows], self.curvature.inputs)
+        range_ = {name: tensor[rows] for name, tensor in self.range_.items()}
+        params = {name: tensor[rows] for name, tensor in self.params.items()}
+        return dataclasses.replace(self, weight=self.weight[rows], range_=range_, params=params, curvature=curvature)
 
     @torch.no_grad()
     def dequantized(self) -> Tensor:
         """Returns (O, I) float32 fake-quantized weights."""
-        return self.data_type.fake_quantize(self.weight, self.scheme, self.range_, self.params)
+        pieces = [
+            part.data_type.fake_quantize(part.weight, part.scheme, part.range_, part.params)
+            for _, part in self.pieces()
+        ]
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
     def gradients(self, gradient_OI: Tensor) -> dict[str, Tensor]:
-        """Returns the straight-through gradients of the parameters for a gradient of the dequantized weight."""
+        """Returns the gradients of the parameters for a gradient of the dequantized weight.
+
+        They are straight-through gradients, to which the curvature adds theta s^2 h (u - round(u)) if it is known.
+        """
         leaves = {name: tensor.detach().requires_grad_() for name, tensor in self.params.items()}
         with torch.enable_grad():
             fake = self.data_type.fake_quantize(self.weight, self.scheme, self.range_, leaves)
-        found = torch.autograd.grad(fake, list(leaves.values()), gradient_OI.float())
-        return dict(zip(leaves, found, strict=True))
-
-    @torch.no_grad()
-    def curvature_correction(self) -> Tensor:
-        """Returns theta s^2 h (u - round(u)): what each offset's own curvature adds to its gradient."""
-        assert self.curvature is not None
-        state = self.data_type.rounding_state(self.weight, self.scheme, self.range_, self.params)
-        pull = state.scale.square() * self.curvature * state.residual
-        return CURVATURE_SHARE * pull * state.in_range
+        found = dict(zip(leaves, torch.autograd.grad(fake, list(leaves.values()), gradient_OI.float()), strict=True))
+        if self.curvature is not None:
+            state = self.data_type.rounding_state(self.weight, self.scheme, self.range_, self.params)
+            inputs_1GK = to_groups(self.curvature.inputs[None], self.scheme.group_size)
+            pull = state.scale.square() * self.curvature.outputs[:, None, None] * inputs_1GK * state.residual
+            found["rounding"] = found["rounding"] + CURVATURE_SHARE * pull * state.in_range
+        return found
 
 
 class SignRound:
@@ -199,12 +227,11 @@ class _BlockRun:
             if name not in gradients:
                 continue
             gradient = gradients[name].t() if name in self.task.transposed else gradients[name]
-            found = tuned.gradients(gradient)
-            if tuned.curvature is not None:
-                found["rounding"] = found["rounding"] + tuned.curvature_correction()
-            for parameter, tensor in tuned.params.items():
-                size = config.rounding_step * 2 * tuned.reach if parameter == "rounding" else clip_step
-                self._move_one(tensor, found[parameter], size)
+            for rows, part in tuned.pieces() if self.adam is None else [(slice(None), tuned)]:
+                found = part.gradients(gradient[rows])
+                for parameter, tensor in part.params.items():
+                    size = config.rounding_step * 2 * tuned.reach if parameter == "rounding" else clip_step
+                    self._move_one(tensor, found[parameter], size)
         for name, tensor in self.plain.items():
             if name in gradients:
                 self._move_one(tensor, gradients[name], self.plain_sizes[name] * NORM_STEP * clip_step)
@@ -274,8 +301,7 @@ def _make_weights(task: TuningTask, config: TuneConfig) -> dict[str, TunedWeight
         curvature = None
         if name in sensitivity and name in importance:
             # Loss = mean over tokens and D outputs, so its Gauss-Newton diagonal is 2/D E[x_j^2] c_i.
-            outer = sensitivity[name][:, None] * importance[name][None, :]
-            curvature = to_groups(outer * (2.0 / task.inputs.shape[-1]), scheme.group_size)
+            curvature = Curvature(sensitivity[name] * (2.0 / task.inputs.shape[-1]), importance[name])
         reach = 1.0 if config.enable_alg_ext and scheme.bits <= WIDE_REACH_BITS else 0.5
         params = data_type.trainable(weight, scheme)
         weights[name] = TunedWeight(weight, scheme, data_type, range_, params, curvature, reach)

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from auto_round.tuning.capture import repeat_on_device
+from auto_round.tuning.capture import compiled_or_eager, repeat_on_device
 
 
 def test_without_capture_the_step_itself_is_returned():
@@ -51,3 +51,22 @@ def test_a_step_that_cannot_be_captured_goes_on_eagerly():
         captured(torch.arange(4))
     assert captured.failed
     assert float(total) == 5 * 6
+
+
+def test_a_function_that_does_not_compile_goes_on_eagerly_for_good(monkeypatch, caplog):
+    compiled_calls = []
+
+    def broken(function):
+        def call(*_args):
+            compiled_calls.append(function)
+            raise RuntimeError("no compiler here\nand a long story")
+
+        return call
+
+    monkeypatch.setattr(torch, "compile", broken)
+    double = compiled_or_eager(lambda x: x * 2)
+    with caplog.at_level("WARNING"):
+        assert [float(double(torch.tensor(value))) for value in (1.0, 2.0)] == [2.0, 4.0]
+    assert len(compiled_calls) == 1
+    assert caplog.text.count("no compiler here") == 1
+    assert "long story" not in caplog.text

@@ -74,7 +74,7 @@ def test_rounding_of_a_block_rounds_each_weight_by_itself(make_task):
     task = make_task(scheme)
     result = PlainRounding()(task, TuneConfig(iters=0))
     for name, weight in result.weights.items():
-        assert torch.equal(weight.codes, round_plain(task.block.originals[name], scheme).codes)
+        assert torch.equal(weight.codes, round_plain(task.block.tensors[name], scheme).codes)
     assert result.first_loss is None
 
 
@@ -95,7 +95,7 @@ def test_searched_rounding_of_a_block_uses_the_importance_of_its_inputs(make_tas
     with torch.no_grad():
         seen = norm(task.inputs).square().mean((0, 1))
     name = "model.layers.0.self_attn.q_proj.weight"
-    expected = round_searched(task.block.originals[name], SCHEMES["w2"], seen)
+    expected = round_searched(task.block.tensors[name], SCHEMES["w2"], seen)
     # The importance differs by the order of float32 sums only, so hardly a code may differ.
     assert (result.weights[name].codes != expected.codes).float().mean() < 0.01
     assert result.note == ""
@@ -107,7 +107,7 @@ def test_layers_that_calibration_never_reached_are_named(make_task):
     layer.idle = torch.nn.Linear(64, 64, bias=False)
     name = "model.layers.0.idle.weight"
     weight = layer.idle.weight.detach()
-    task.block.tensors[name] = task.block.originals[name] = weight
+    task.block.tensors[name] = weight
     task.schemes[name] = SCHEMES["w4"]
     result = SearchedRounding()(task, TuneConfig(iters=0))
     assert result.note == f"calibration never reached {name}; unweighted search there"

@@ -257,14 +257,25 @@ def test_curvature_pulls_an_offset_to_the_nearest_level(make_task):
     run = _BlockRun(task, config_of(enable_alg_ext=True))
     (tuned,) = run.weights.values()
     tuned.params["rounding"].uniform_(-0.4, 0.4, generator=torch.Generator().manual_seed(0))
-    found = tuned.curvature_correction()
+    found = tuned.gradients(torch.zeros_like(tuned.weight, dtype=torch.float32))["rounding"]
     scale, curvature = tuned.range_["scale"], tuned.curvature
     for o, g, k in [(0, 0, 0), (5, 1, 31), (63, 0, 7), (31, 1, 2)]:
         s = float(scale[o, g, 0].to(torch.float16))
         latent = float(tuned.weight[o, g * 32 + k]) / s + float(tuned.params["rounding"][o, g, k])
         inside = 0 <= round(latent) + 2 <= 3
-        expected = 0.5 * s * s * float(curvature[o, g, k]) * (latent - round(latent)) * inside
+        diagonal = float(curvature.outputs[o] * curvature.inputs[g * 32 + k])
+        expected = 0.5 * s * s * diagonal * (latent - round(latent)) * inside
         assert float(found[o, g, k]) == pytest.approx(expected, rel=1e-4, abs=1e-12)
+
+
+def test_working_on_pieces_of_a_weight_changes_nothing(make_task, monkeypatch):
+    task = make_task(W2)
+    whole = tune(task, iters=4, enable_alg_ext=True)
+    monkeypatch.setattr("auto_round.tuning.sign_round.PIECE_ELEMENTS", {False: 640, True: 640})
+    pieces = tune(task, iters=4, enable_alg_ext=True)
+    for name, weight in whole.weights.items():
+        assert torch.equal(weight.codes, pieces.weights[name].codes)
+        assert torch.equal(weight.scale, pieces.weights[name].scale)
 
 
 @pytest.mark.parametrize("disable_opt_rtn", [False, True], ids=["searched", "plain"])
@@ -345,11 +356,9 @@ def test_a_block_with_experts_that_see_no_token_is_tuned(make_task):
     weight = layer.idle.weight.detach()
     block = Block(
         task.block.names, (layer,), task.block.calls, {**task.block.tensors, name: weight},
-        {**task.block.originals, name: weight}, task.block.device, task.block.dtype,
+        task.block.device, task.block.dtype,
     )  # fmt: skip
     result = tune(dataclasses.replace(task, block=block, schemes={**task.schemes, name: W4}), iters=3)
     int_type = DATA_TYPES["int"]
-    expected = int_type.encode(
-        weight, W4, int_type.search_range(weight, W4, None), int_type.trainable(weight, W4)
-    )
+    expected = int_type.encode(weight, W4, int_type.search_range(weight, W4, None), int_type.trainable(weight, W4))
     assert torch.equal(result.weights[name].codes, expected.codes)

@@ -32,7 +32,7 @@ def gated():
     tensors = {f"b.{name}": parameter.detach() for name, parameter in module.named_parameters()}
     _, spec = torch.utils._pytree.tree_flatten(((), {}))
     cpu = torch.device("cpu")
-    return Block(("b",), (module,), (BlockCalls((), {}, spec),), tensors, {}, cpu, torch.float32)
+    return Block(("b",), (module,), (BlockCalls((), {}, spec),), tensors, cpu, torch.float32)
 
 
 NAMES = ["b.up.weight", "b.down.weight", "b.idle.weight"]

@@ -1,0 +1,144 @@
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from auto_round import pipeline
+from auto_round.config import RunConfig
+from auto_round.errors import ConfigError
+from auto_round.formats import EXPORTERS, export
+from auto_round.store import RunStore
+from auto_round.tensors import BlockResult
+
+ROUNDING = {"iters": 0, "disable_opt_rtn": True, "group_size": 32, "device": "cpu"}
+
+
+class Tokenizer:
+    """Stands in for a tokenizer: it leaves a file where it is saved."""
+
+    def save_pretrained(self, folder):
+        (Path(folder) / "tokenizer.json").write_text("{}")
+
+
+@pytest.fixture
+def quantized(make_model, tmp_path):
+    """Returns make(**options) -> session and store of a tiny model that was rounded."""
+
+    def make(model=None, **options):
+        config = RunConfig.from_options(model=model or make_model(), **{**ROUNDING, **options})
+        session = pipeline.open_session(config)
+        return session, pipeline.quantize(session, tmp_path / "work")
+
+    return make
+
+
+def write(session, store, folder, name="auto_round", tokenizer=None):
+    export(EXPORTERS[name], folder, session.plan, session.source, store, session.config, tokenizer)
+    return load_file(folder / "model.safetensors") if (folder / "model.safetensors").is_file() else None
+
+
+def test_packed_tensors_take_the_place_of_the_weight_only(quantized, tmp_path):
+    session, store = quantized()
+    tensors = write(session, store, tmp_path / "out")
+    layer = "model.layers.0.mlp.up_proj"
+    assert tensors[f"{layer}.qweight"].shape == (64 * 4 // 32, 128)
+    assert tensors[f"{layer}.qzeros"].shape == (2, 128 * 4 // 32)
+    assert tensors[f"{layer}.scales"].shape == (2, 128)
+    assert f"{layer}.weight" not in tensors
+    assert torch.equal(tensors["model.norm.weight"], session.source.model.model.norm.weight)
+
+
+def test_biases_travel_beside_packed_weights(make_model, quantized, tmp_path):
+    model = make_model("opt")
+    tensors = write(*quantized(model), tmp_path / "out")
+    name = "model.decoder.layers.0.fc1"
+    assert torch.equal(tensors[f"{name}.bias"], model.get_parameter(f"{name}.bias"))
+    assert f"{name}.qweight" in tensors
+
+
+def test_tuned_norms_replace_the_stored_ones(quantized, tmp_path):
+    session, store = quantized()
+    result, name = store.load("model.layers.1"), "model.layers.1.input_layernorm.weight"
+    store.save("model.layers.1", BlockResult(result.weights, {name: torch.full((64,), 2.5)}))
+    tensors = write(session, store, tmp_path / "out")
+    assert torch.equal(tensors[name], torch.full((64,), 2.5))
+    assert torch.equal(tensors[name.replace(".1.", ".0.")], torch.ones(64))
+
+
+def test_a_file_of_weights_left_from_an_earlier_export_is_removed(quantized, tmp_path):
+    session, store = quantized()
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "model-00009-of-00009.safetensors").write_bytes(b"stale")
+    (tmp_path / "out" / "notes.txt").write_text("mine")
+    write(session, store, tmp_path / "out")
+    assert {file.name for file in (tmp_path / "out").iterdir()} == {
+        "model.safetensors", "config.json", "quantization_config.json", "generation_config.json", "notes.txt",
+    }  # fmt: skip
+
+
+def test_a_plain_export_into_the_folder_of_a_packed_one_leaves_no_quantization_config(quantized, tmp_path):
+    session, store = quantized()
+    write(session, store, tmp_path / "out")
+    write(session, store, tmp_path / "out", "fake")
+    assert "quantization_config" not in json.loads((tmp_path / "out" / "config.json").read_text())
+    assert not (tmp_path / "out" / "quantization_config.json").exists()
+
+
+def test_the_config_of_a_model_in_memory_names_its_class(quantized, tmp_path):
+    session, store = quantized()
+    write(session, store, tmp_path / "out")
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["architectures"] == ["LlamaForCausalLM"]
+    assert config["model_type"] == "llama"
+    assert config["quantization_config"]["quant_method"] == "auto-round"
+
+
+def test_the_config_of_a_folder_keeps_every_field(make_model, quantized, tmp_path):
+    make_model().save_pretrained(tmp_path / "model")
+    file = tmp_path / "model" / "config.json"
+    config = {**json.loads(file.read_text()), "a_field_nobody_knows": [1, {"x": None}]}
+    file.write_text(json.dumps(config))
+    write(*quantized(str(tmp_path / "model")), tmp_path / "out")
+    written = json.loads((tmp_path / "out" / "config.json").read_text())
+    written.pop("quantization_config")
+    assert written == config
+
+
+def test_a_tokenizer_is_saved_beside_a_model_in_memory(quantized, tmp_path):
+    session, store = quantized()
+    write(session, store, tmp_path / "with", tokenizer=Tokenizer())
+    write(session, store, tmp_path / "without")
+    assert (tmp_path / "with" / "tokenizer.json").is_file()
+    assert not (tmp_path / "without" / "tokenizer.json").exists()
+
+
+def test_the_files_of_a_folder_win_over_a_tokenizer(make_model, quantized, tmp_path):
+    make_model().save_pretrained(tmp_path / "model")
+    (tmp_path / "model" / "tokenizer.json").write_text('{"own": 1}')
+    session, store = quantized(str(tmp_path / "model"))
+    write(session, store, tmp_path / "out", tokenizer=Tokenizer())
+    assert (tmp_path / "out" / "tokenizer.json").read_text() == '{"own": 1}'
+
+
+def test_original_weights_are_never_overwritten(make_model, quantized, tmp_path):
+    make_model().save_pretrained(tmp_path / "model")
+    session, store = quantized(str(tmp_path / "model"))
+    before = {file.name: file.read_bytes() for file in (tmp_path / "model").iterdir()}
+    with pytest.raises(ConfigError, match="holds the original model"):
+        write(session, store, tmp_path / "model" / ".." / "model")
+    assert before == {file.name: file.read_bytes() for file in (tmp_path / "model").iterdir()}
+
+
+def test_all_formats_are_written_from_one_store(quantized, tmp_path):
+    session, store = quantized(sym=False)
+    names = [name for name in EXPORTERS if EXPORTERS[name].refusals(session.plan) == []]
+    assert {"auto_round", "auto_round:auto_awq", "auto_round:auto_gptq", "auto_round:gptqmodel", "fake"} <= set(names)
+    scales = []
+    for number, name in enumerate(names):
+        tensors = write(session, store, tmp_path / str(number), name)
+        if name not in ("fake", "qdq"):
+            scales.append(tensors["model.layers.0.self_attn.q_proj.scales"])
+    assert all(torch.equal(scales[0], other) for other in scales)
+    assert list(RunStore.existing(tmp_path / "work").finished()) == ["model.layers.0", "model.layers.1"]
