@@ -17,8 +17,8 @@ from auto_round import pipeline
 from auto_round.blocks import Block, BlockCalls
 from auto_round.config import PARTS, RunConfig, TuneConfig, parse_formats, parse_layer_config
 from auto_round.errors import ConfigError
-from auto_round.formats import FormatTarget, check, export, targets
-from auto_round.formats.export import check_not_source
+from auto_round.formats import FormatTarget, export
+from auto_round.formats.export import checked_targets
 from auto_round.models.base import LinearInfo, is_linear, is_transposed
 from auto_round.plan import Plan, _fit_group
 from auto_round.schemes import QuantizationScheme, to_scheme
@@ -151,11 +151,7 @@ class AutoRound:
         if unknown:
             raise ConfigError(f"save_quantized does not know {', '.join(sorted(unknown))}")
         names = parse_formats(format or self.config.format)
-        wanted = targets(names, Path(output_dir or self.config.output_dir))
-        check(self.plan, [target.exporter for target in wanted])
-        for target in wanted:
-            check_not_source(target.folder, self.session.source)
-        return wanted
+        return checked_targets(names, Path(output_dir or self.config.output_dir), self.plan, self.session.source)
 
 
 def _signature() -> inspect.Signature:

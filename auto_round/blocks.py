@@ -239,8 +239,7 @@ class _Recorder(nn.Module):
 
     def forward(self, hidden: Tensor | None = None, *args: Any, **kwargs: Any) -> Tensor:
         hidden = kwargs.pop("hidden_states") if hidden is None else hidden
-        if not self.calls or hidden is not None:
-            self.hidden.append(hidden)
+        self.hidden.append(hidden)
         self.calls.append((hidden.shape[0], args, kwargs))
         return hidden
 

@@ -24,8 +24,8 @@ from auto_round.checkpoint import CheckpointSource, ModuleSource, WeightSource, 
 from auto_round.config import RunConfig, parse_formats
 from auto_round.device import compute_device, compute_dtype
 from auto_round.errors import ConfigError
-from auto_round.formats import FormatTarget, check, export, targets
-from auto_round.formats.export import HEAD_BLOCK
+from auto_round.formats import FormatTarget, export
+from auto_round.formats.export import HEAD_BLOCK, checked_targets
 from auto_round.models import discover
 from auto_round.plan import Plan, resolve
 from auto_round.store import RunStore
@@ -35,6 +35,7 @@ from auto_round.tuning import Tuner, TuningTask, round_plain, round_searched, tu
 logger = logging.getLogger(__name__)
 
 WORK_FOLDER = ".auto_round_work"
+HEAD_ROWS = 1 << 14  # rows whose squares are summed at a time
 # Enough to tell a fine-tuned model from its base without reading it whole.
 IDENTITY_TENSORS, IDENTITY_VALUES = 16, 4096
 
@@ -89,12 +90,8 @@ def open_session(config: RunConfig, *, tokenizer: Any = None) -> Session:
 
 def format_targets(session: Session) -> list[FormatTarget]:
     """Returns the formats of a run and their folders, each checked against the plan."""
-    found = targets(parse_formats(session.config.format), Path(session.config.output_dir))
-    original = session.source.folder
-    if original is not None and any(target.folder.resolve() == original.resolve() for target in found):
-        raise ConfigError(f"output_dir {original} holds the original model, which would be overwritten. Choose another")
-    check(session.plan, [target.exporter for target in found])
-    return found
+    config = session.config
+    return checked_targets(parse_formats(config.format), Path(config.output_dir), session.plan, session.source)
 
 
 def run(session: Session) -> RunResult:
@@ -195,7 +192,10 @@ def _tune_everything(session: Session, store: RunStore, data: CalibrationSet) ->
     if outside_left:
         head = session.plan.structure.head
         assert head is not None
-        _round_outside(session, store, stream.head_inputs(head, stream.quantized))
+        seen = stream.head_inputs(head, stream.quantized)
+        if data.attention_mask is not None:
+            seen = seen[data.attention_mask.to(seen.device)]
+        _round_outside(session, store, seen)
 
 
 def _open_stream(session: Session, data: CalibrationSet, *, quantized_chain: bool) -> BlockStream:
@@ -244,23 +244,26 @@ def _replaced(session: Session, block: Block, result: BlockResult) -> dict[str, 
     return replaced
 
 
-def _round_outside(session: Session, store: RunStore, head_inputs_NTH: Tensor | None) -> None:
+def _round_outside(session: Session, store: RunStore, head_inputs: Tensor | None) -> None:
     """Rounds weights outside the blocks, the output layer's scales searched under what it sees.
 
     The output layer is not tuned by steps: its outputs, one per token and word, would take more memory than the model.
+
+    Args:
+        head_inputs: (..., H) what the output layer sees at real tokens; None for plain rounding.
     """
     outside = session.plan.outside()
     if not outside or store.has(HEAD_BLOCK) or not distributed.is_writer():
         return
     importance = None
-    if head_inputs_NTH is not None:
-        squares = [piece.float().square().sum((0, 1)) for piece in head_inputs_NTH.split(8)]
-        importance = sum(squares) / (head_inputs_NTH.shape[0] * head_inputs_NTH.shape[1])
+    if head_inputs is not None:
+        rows = head_inputs.flatten(0, -2)
+        importance = sum(piece.float().square().sum(0) for piece in rows.split(HEAD_ROWS)) / len(rows)
     weights = {}
     for name, entry in outside.items():
         weight = session.source.tensors(entry.layer.name)[name].to(compute_device(session.config.device)).float()
         weight = weight.t() if entry.layer.transposed else weight
-        if head_inputs_NTH is None:
+        if head_inputs is None:
             quantized = round_plain(weight, entry.scheme)
         else:
             seen = importance.to(weight.device) if entry.layer.name == session.plan.structure.head else None

@@ -96,6 +96,15 @@ def test_streamed_hidden_states_equal_a_full_forward(kind, place, make_model, da
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_tokens_are_not_taken_for_samples_where_there_are_as_many(kind, make_model, token_ids):
+    """Batches of two samples with two tokens: tables of positions have the length of a batch."""
+    data = CalibrationSet(token_ids(4, BATCH))
+    expected, _ = reference(make_model(kind), data)
+    found, _ = streamed(ModuleSource(make_model(kind)), data)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_real_tokens_of_padded_samples_equal_a_full_forward(kind, make_model, padded):
     model = make_model(kind)
     expected, _ = reference(model, padded)

@@ -16,7 +16,7 @@ from torch import Tensor
 from auto_round.checkpoint import WeightSource, copy_side_files
 from auto_round.config import MODEL_DTYPES, RunConfig, parse_size
 from auto_round.errors import ConfigError
-from auto_round.formats.base import Exporter
+from auto_round.formats.base import Exporter, FormatTarget, check, targets
 from auto_round.plan import Plan
 from auto_round.shards import ShardWriter, clear_weights
 from auto_round.store import RunStore
@@ -65,6 +65,20 @@ def export(
         copy_side_files(source.folder, folder)
     else:
         _save_side_files(source.model, tokenizer, folder)
+
+
+def checked_targets(names: tuple[str, ...], output_dir: Path, plan: Plan, source: WeightSource) -> list[FormatTarget]:
+    """Returns formats and their folders; whatever would keep them from being written is an error here.
+
+    Raises:
+        ConfigError: an unknown format, or a folder that holds the original model.
+        UnsupportedError: formats that cannot hold the plan, with every reason.
+    """
+    wanted = targets(names, output_dir)
+    for target in wanted:
+        check_not_source(target.folder, source)
+    check(plan, [target.exporter for target in wanted])
+    return wanted
 
 
 def check_not_source(folder: Path, source: WeightSource) -> None:
