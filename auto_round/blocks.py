@@ -23,7 +23,7 @@ from auto_round import distributed
 from auto_round.calibration import CalibrationSet
 from auto_round.checkpoint import WeightSource
 from auto_round.errors import CalibrationError, UnsupportedError
-from auto_round.models.base import head_name
+from auto_round.models.base import has_tied_head, head_name
 
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
@@ -116,8 +116,9 @@ class BlockStream:
         self.source, self.groups, self.data = source, groups, data
         self.device, self.dtype, self.storage = device, dtype, storage
         self.batch_size, self.quantized_chain = batch_size, quantized_chain
-        self._skeleton = {name: _to(tensor, device, dtype) for name, tensor in outside_tensors(source, groups).items()}
+        self._skeleton = self._load_skeleton()
         self.original, self._calls = self._identity_pass()
+        self._skeleton = {}  # embeddings can be large; head_inputs loads them again
         self.quantized = self.original
 
     def load(self, index: int) -> Block:
@@ -172,6 +173,7 @@ class BlockStream:
     @torch.no_grad()
     def head_inputs(self, head: str, chain_NTH: Tensor) -> Tensor:
         """Returns what the output layer sees, (N, T, H), when the last block gives `chain_NTH`."""
+        self._skeleton = self._load_skeleton()
         collected: list[Tensor] = []
         names = [name for group in self.groups for name in group]
         with _replaced_modules(self.source.model, names, lambda _name: _Identity()):
@@ -183,6 +185,14 @@ class BlockStream:
                     self._forward_skeleton(piece)
         sizes = [piece.stop - piece.start for piece in self.batches()]
         return torch.cat([hidden[:size].to(self.storage) for hidden, size in zip(collected, sizes, strict=True)])
+
+    def _load_skeleton(self) -> dict[str, Tensor]:
+        """Returns what lies outside the blocks, without the output layer, which no pass here runs."""
+        head = head_name(self.source.model)
+        tied = has_tied_head(self.source.model)
+        outside = outside_tensors(self.source, self.groups)
+        kept = {n: t for n, t in outside.items() if tied or head is None or not n.startswith(head + ".")}
+        return {name: _to(tensor, self.device, self.dtype) for name, tensor in kept.items()}
 
     def _identity_pass(self) -> tuple[Tensor, dict[str, BlockCalls]]:
         recorders: dict[str, _Recorder] = {}

@@ -25,7 +25,7 @@ from auto_round.config import TuneConfig
 from auto_round.data_types import DATA_TYPES
 from auto_round.data_types.base import DataType, Range
 from auto_round.schemes import QuantizationScheme
-from auto_round.tensors import BlockResult, to_groups
+from auto_round.tensors import BlockResult, QuantizedTensor, to_groups
 from auto_round.tuning.base import TuningTask
 from auto_round.tuning.capture import compiled_or_eager, repeat_on_device
 from auto_round.tuning.rtn import PlainRounding, SearchedRounding
@@ -39,7 +39,7 @@ CLIP_BOUNDS = (0.5, 1.5)  # around the searched scale; the min-max range is only
 # Blocks up to this many weights spend their time in kernel launches; larger ones would only pay the graph's memory.
 CAPTURED_WEIGHTS = 50_000_000
 # A step works on so many weights at a time: on a GPU (False) and on a CPU (True), where less stays in the cache.
-PIECE_ELEMENTS = {False: 1 << 25, True: 1 << 20}
+PIECE_ELEMENTS = {False: 1 << 25, True: 1 << 18}
 NORM_STEP = 0.1  # norms and biases move by this share of a clip factor's step, relative to their own size
 
 
@@ -77,6 +77,10 @@ class TunedWeight:
         params = {name: tensor[rows] for name, tensor in self.params.items()}
         return dataclasses.replace(self, weight=self.weight[rows], range_=range_, params=params, curvature=curvature)
 
+    def encoded(self) -> QuantizedTensor:
+        """Returns the codes, scales and zero points that the weight stands for now."""
+        return self.data_type.encode(self.weight, self.scheme, self.range_, self.params)
+
     @torch.no_grad()
     def dequantized(self) -> Tensor:
         """Returns (O, I) float32 fake-quantized weights."""
@@ -112,9 +116,9 @@ class SignRound:
         """Returns the tuned weights of a block; rounding to nearest, with a note, if a loss is not finite."""
         assert task.targets is not None
         run = _BlockRun(task, config)
-        first_loss = run.fixed_loss()
+        first_loss = run.fixed_loss(run.dequantized())
         best_step = run.descend()
-        last_loss = run.fixed_loss()
+        last_loss = run.fixed_loss(run.kept())
         if not (math.isfinite(first_loss) and math.isfinite(last_loss) and bool(run.all_finite)):
             fallback = PlainRounding() if config.disable_opt_rtn else SearchedRounding()
             result = fallback(task, config)
@@ -142,7 +146,9 @@ class _BlockRun:
         self.best_loss = torch.full((), math.inf, device=device)
         self.best_step = torch.zeros((), dtype=torch.int64, device=device)
         self.keeps_best = not config.not_use_best_mse and not config.enable_alg_ext
-        self.best = [tensor.clone() for tensor in self._all_params()] if self.keeps_best else []
+        # Of the best step only what is stored is kept: a byte a weight, where its offset would take four.
+        self.best = {n: w.encoded() for n, w in self.weights.items()} if self.keeps_best else {}
+        self.best_plain = {n: tensor.clone() for n, tensor in self.plain.items()} if self.keeps_best else self.plain
 
     def descend(self) -> int:
         """Runs all steps; leaves the kept parameters in place and returns the kept step."""
@@ -155,11 +161,7 @@ class _BlockRun:
             take_step(next(order))
             if self.keeps_best and 0 < config.dynamic_max_gap <= step - int(self.best_step):
                 break
-        if not self.keeps_best:
-            return config.iters
-        for tensor, value in zip(self._all_params(), self.best, strict=True):
-            tensor.data.copy_(value)
-        return int(self.best_step)
+        return int(self.best_step) if self.keeps_best else config.iters
 
     def _may_be_captured(self) -> bool:
         """Whether a step is launch-bound and free of host work: small blocks on one GPU, samples all of one length."""
@@ -182,8 +184,11 @@ class _BlockRun:
         self.all_finite.logical_and_(torch.isfinite(loss))
         if self.keeps_best:
             better = loss < self.best_loss
-            for kept, tensor in zip(self.best, self._all_params(), strict=True):
-                torch.where(better, tensor, kept, out=kept)
+            for name, tuned in self.weights.items():
+                for rows, part in tuned.pieces():
+                    _keep_where(better, part.encoded(), self.best[name], rows)
+            for name, tensor in self.plain.items():
+                torch.where(better, tensor, self.best_plain[name], out=self.best_plain[name])
             torch.where(better, loss, self.best_loss, out=self.best_loss)
             torch.where(better, self.step_number, self.best_step, out=self.best_step)
 
@@ -249,10 +254,9 @@ class _BlockRun:
             tensor.sub_(gradient.sign().mul_(self.decay * size))
 
     @torch.no_grad()
-    def fixed_loss(self) -> float:
+    def fixed_loss(self, replaced: Mapping[str, Tensor]) -> float:
         """Returns the error on the first samples, the same ones each time; for reporting and the check for NaN."""
         samples = torch.arange(min(self.task.inputs.shape[0], 2 * self.config.batch_size))
-        replaced = self.dequantized()
         errors = [self._squared_error(batch, replaced) for batch in samples.split(self.config.batch_size)]
         return float(sum(errors)) / (self._token_count(samples) * self.elements_per_token)
 
@@ -272,17 +276,18 @@ class _BlockRun:
             return samples.numel() * self.task.inputs.shape[1]
         return max(int(self.task.mask[samples].sum()), 1)
 
-    def _all_params(self) -> list[Tensor]:
-        own = [tensor for tuned in self.weights.values() for tensor in tuned.params.values()]
-        return own + list(self.plain.values())
+    def encoded(self) -> dict[str, QuantizedTensor]:
+        """Returns the kept quantized weights by name: those of the best step, or of the last one."""
+        return self.best or {name: tuned.encoded() for name, tuned in self.weights.items()}
 
-    def encoded(self) -> dict:
-        """Returns the quantized weights by name."""
-        return {n: w.data_type.encode(w.weight, w.scheme, w.range_, w.params) for n, w in self.weights.items()}
+    def kept(self) -> dict[str, Tensor]:
+        """Returns what the block runs with in the end: dequantized weights and tuned norms, by full name."""
+        replaced = {name: self.task.as_parameter(name, w.dequantize()) for name, w in self.encoded().items()}
+        return replaced | {name: tensor.to(self.task.block.dtype) for name, tensor in self.best_plain.items()}
 
     def plain_values(self) -> dict[str, Tensor]:
         """Returns tuned norms and biases in the block's stored precision."""
-        return {name: tensor.to(self.task.block.tensors[name].dtype) for name, tensor in self.plain.items()}
+        return {name: tensor.to(self.task.block.tensors[name].dtype) for name, tensor in self.best_plain.items()}
 
 
 def _make_weights(task: TuningTask, config: TuneConfig) -> dict[str, TunedWeight]:
@@ -306,6 +311,15 @@ def _make_weights(task: TuningTask, config: TuneConfig) -> dict[str, TunedWeight
         params = data_type.trainable(weight, scheme)
         weights[name] = TunedWeight(weight, scheme, data_type, range_, params, curvature, reach)
     return weights
+
+
+def _keep_where(condition: Tensor, now: QuantizedTensor, kept: QuantizedTensor, rows: slice) -> None:
+    """Overwrites rows of `kept` with `now` where a scalar condition holds, without asking the device."""
+    pairs = [(now.codes, kept.codes), (now.scale, kept.scale)]
+    if now.zero_point is not None and kept.zero_point is not None:
+        pairs.append((now.zero_point, kept.zero_point))
+    for value, place in pairs:
+        torch.where(condition, value, place[rows], out=place[rows])
 
 
 def _keep_in_bounds(tuned: TunedWeight) -> None:
