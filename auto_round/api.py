@@ -20,7 +20,7 @@ from auto_round.errors import ConfigError
 from auto_round.formats import FormatTarget, export
 from auto_round.formats.export import checked_targets
 from auto_round.models.base import LinearInfo, is_linear, is_transposed
-from auto_round.plan import Plan, _fit_group
+from auto_round.plan import Plan, fit_group
 from auto_round.schemes import QuantizationScheme, to_scheme
 from auto_round.store import RunStore
 from auto_round.tensors import BlockResult
@@ -259,7 +259,7 @@ def _block_schemes(
         rows, columns = module.weight.shape
         shape = (columns, rows) if is_transposed(module) else (rows, columns)
         parameter = f"{root}.{name}.weight"
-        schemes[parameter], _ = _fit_group(LinearInfo(name, shape, is_transposed(module), 0), scheme)
+        schemes[parameter], _ = fit_group(LinearInfo(name, shape, is_transposed(module), 0), scheme)
         if is_transposed(module):
             transposed.add(parameter)
     return schemes, frozenset(transposed)

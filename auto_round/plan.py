@@ -117,7 +117,7 @@ def resolve(structure: ModelStructure, config: SchemeConfig, *, nblocks: int = 1
     entries, adjustments = [], []
     for layer in structure.linears:
         scheme, reason = _scheme_of(layer, structure, base, overrides, config.quant_lm_head)
-        scheme, changes = _fit_group(layer, scheme)
+        scheme, changes = fit_group(layer, scheme)
         adjustments += changes
         entries.append(PlanEntry(layer, scheme, reason + "".join(f"; {change.why}" for change in changes)))
     if config.quant_lm_head and structure.head is None:
@@ -234,7 +234,7 @@ def _scheme_of(
     return SIXTEEN_BIT, reason
 
 
-def _fit_group(layer: LinearInfo, scheme: QuantizationScheme) -> tuple[QuantizationScheme, list[Adjustment]]:
+def fit_group(layer: LinearInfo, scheme: QuantizationScheme) -> tuple[QuantizationScheme, list[Adjustment]]:
     """Returns a scheme whose groups fit the layer: a smaller group that divides the row, else a shorter last group."""
     width, size = layer.shape[1], scheme.group_size
     if not scheme.is_quantized or size in (-1, 0) or width % size == 0:

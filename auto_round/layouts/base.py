@@ -42,4 +42,13 @@ class Layout(Protocol):
         ...
 
 
+def why_not_integer_groups(scheme: QuantizationScheme) -> str | None:
+    """Returns why a scheme is no integer grid with one scale per group or row, or None."""
+    if scheme.data_type != "int":
+        return f"data_type={scheme.data_type} (only int)"
+    if scheme.group_size == 0:
+        return "group_size=0, one scale per tensor (only groups, or -1 for one scale per row)"
+    return None
+
+
 LAYOUTS: Registry[Layout] = Registry("layout")

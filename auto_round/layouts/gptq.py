@@ -12,7 +12,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from auto_round.layouts.base import LAYOUTS
+from auto_round.layouts.base import LAYOUTS, why_not_integer_groups
 from auto_round.layouts.bit_pack import pack_bits, packed_words, unpack_bits
 from auto_round.schemes import QuantizationScheme
 from auto_round.tensors import QuantizedTensor, group_count
@@ -31,11 +31,7 @@ class GptqLayout:
 
     def refuses(self, scheme: QuantizationScheme, shape: tuple[int, int]) -> str | None:  # noqa: ARG002
         """Returns why a weight cannot be held, or None."""
-        if scheme.data_type != "int":
-            return f"data_type={scheme.data_type} (only int)"
-        if scheme.group_size == 0:
-            return "group_size=0, one scale per tensor (only groups, or -1 for one scale per row)"
-        return None
+        return why_not_integer_groups(scheme)
 
     def specs(self, scheme: QuantizationScheme, shape: tuple[int, int]) -> dict[str, tuple[tuple[int, ...], str]]:
         """Returns tensor name -> (shape, dtype name)."""
