@@ -7,6 +7,7 @@ Transformers' weight-conversion interface, which is internal there.
 
 from __future__ import annotations
 
+import inspect
 import json
 import pickle
 import shutil
@@ -121,7 +122,10 @@ class CheckpointSource:
 
         renamings, converters = _conversions(self.model)
         config = LoadStateDictConfig(device_map={"": "cpu"}, weight_mapping=[*renamings, *converters])
-        convert_and_load_state_dict_in_model(self.model, {key: self.read(key) for key in keys}, config)
+        # An argument of Transformers before 5.17; tensor parallelism is not used here.
+        takes = inspect.signature(convert_and_load_state_dict_in_model).parameters
+        older = {"tp_plan": None} if "tp_plan" in takes else {}
+        convert_and_load_state_dict_in_model(self.model, {key: self.read(key) for key in keys}, config, **older)
         loaded = {name: p.detach() for name, p in self.model.named_parameters() if wanted(name) and not p.is_meta}
         self.model.get_submodule(prefix).to("meta")
         return loaded
