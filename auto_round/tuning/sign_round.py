@@ -14,6 +14,7 @@ between two codes, may travel further at 2 and 3 bits, and the last step is kept
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Mapping
 
@@ -145,6 +146,8 @@ class _BlockRun:
         self.all_finite = torch.ones((), dtype=torch.bool, device=device)
         self.best_loss = torch.full((), math.inf, device=device)
         self.best_step = torch.zeros((), dtype=torch.int64, device=device)
+        alone = distributed.world_size() == 1 and self.adam is None
+        self.moves_in_backward = alone and not self._may_be_captured()
         self.keeps_best = not config.not_use_best_mse and not config.enable_alg_ext
         # Of the best step only what is stored is kept: a byte a weight, where its offset would take four.
         self.best = {n: w.encoded() for n, w in self.weights.items()} if self.keeps_best else {}
@@ -174,9 +177,28 @@ class _BlockRun:
     def step(self, samples: Tensor) -> None:
         """Takes one step on some samples."""
         replaced = self.dequantized(requires_grad=True)
+        if self.moves_in_backward and samples.numel() <= self.config.batch_size:
+            self._step_in_backward(samples, replaced)
+            return
         loss, gradients = self.loss_and_gradients(samples, replaced)
         self._note_loss(loss)
         self._move(gradients)
+
+    def _step_in_backward(self, samples: Tensor, replaced: Mapping[str, Tensor]) -> None:
+        """Takes the same step, but moves each weight as soon as its gradient is there, and frees the gradient.
+
+        So no more than one weight's gradient exists at a time, a quarter of a step's memory less for large blocks.
+        """
+        for name, tensor in replaced.items():
+            tensor.register_post_accumulate_grad_hook(functools.partial(self._consume, name))
+        loss = self._squared_error(samples, replaced) / (self._token_count(samples) * self.elements_per_token)
+        self._note_loss(loss.detach())
+        loss.backward()
+
+    def _consume(self, name: str, tensor: Tensor) -> None:
+        assert tensor.grad is not None
+        self._move({name: tensor.grad})
+        tensor.grad = None
 
     @torch.no_grad()
     def _note_loss(self, loss: Tensor) -> None:
@@ -244,8 +266,9 @@ class _BlockRun:
             for group in self.adam.param_groups:
                 group["lr"] = group["initial_lr"] * float(self.decay)
             self.adam.step()
-        for tuned in self.weights.values():
-            _keep_in_bounds(tuned)
+        for name, tuned in self.weights.items():
+            if name in gradients:
+                _keep_in_bounds(tuned)
 
     def _move_one(self, tensor: Tensor, gradient: Tensor, size: float) -> None:
         if self.adam is not None:

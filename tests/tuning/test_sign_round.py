@@ -368,3 +368,16 @@ def test_a_block_with_experts_that_see_no_token_is_tuned(make_task):
     int_type = DATA_TYPES["int"]
     expected = int_type.encode(weight, W4, int_type.search_range(weight, W4, None), int_type.trainable(weight, W4))
     assert torch.equal(result.weights[name].codes, expected.codes)
+
+
+@pytest.mark.parametrize("extra", [{}, {"enable_alg_ext": True}, {"enable_norm_bias_tuning": True}])
+def test_moving_weights_during_the_backward_pass_changes_nothing(extra, make_task, monkeypatch):
+    task = make_task(W2A)
+    early = tune(task, iters=5, **extra)
+    monkeypatch.setattr(_BlockRun, "_step_in_backward", lambda *_args: pytest.fail("moved during the backward pass"))
+    monkeypatch.setattr(_BlockRun, "_may_be_captured", lambda _self: True)
+    monkeypatch.setattr("auto_round.tuning.sign_round.repeat_on_device", lambda step, _may_capture: step)
+    late = tune(task, iters=5, **extra)
+    for name, weight in early.weights.items():
+        assert torch.equal(weight.codes, late.weights[name].codes)
+        assert torch.equal(weight.scale, late.weights[name].scale)
