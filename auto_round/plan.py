@@ -264,6 +264,13 @@ def _fused_warnings(entries: Sequence[PlanEntry]) -> list[str]:
     return warnings
 
 
+def table(rows: list[tuple[str, ...]]) -> str:
+    """Returns rows as aligned columns; the first row is the heading."""
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows)
+    return "\n".join(lines)
+
+
 def describe(plan: Plan) -> str:
     """Returns the plan as a table: layers of the same kind and scheme on one line, then sums."""
     kinds: dict[tuple[str, str, str], list[PlanEntry]] = {}
@@ -275,8 +282,7 @@ def describe(plan: Plan) -> str:
         shape = " x ".join(map(str, entries[0].layer.shape))
         size = sum(e.layer.shape[0] * e.layer.shape[1] * e.stored_bits / 8e6 for e in entries)
         rows.append((kind, str(len(entries)), shape, scheme, f"{entries[0].stored_bits:.2f}", f"{size:.1f}", reason))
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    lines = [table(rows)]
     for name, reason in plan.structure.other_weights.items():
         lines.append(f"{name}  stays: {reason}")
     lines.append(f"average bits of block weights, scales counted: {plan.average_bits():.2f}")

@@ -3,15 +3,8 @@
 from __future__ import annotations
 
 from auto_round.config import RunConfig
-from auto_round.plan import Plan
+from auto_round.plan import Plan, table
 from auto_round.schemes import PRESET_SCHEMES
-
-
-def table(rows: list[tuple[str, ...]]) -> str:
-    """Returns rows as aligned columns; the first row is the heading."""
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows)
-    return "\n".join(lines)
 
 
 def describe_memory(plan: Plan, config: RunConfig) -> str:
