@@ -277,7 +277,7 @@ def describe(plan: Plan) -> str:
     for entry in plan.entries:
         kind = re.sub(r"\.\d+\.", ".*.", entry.layer.name)
         kinds.setdefault((kind, str(entry.scheme), entry.reason), []).append(entry)
-    rows = [("layers", "count", "shape", "becomes", "bits", "MB", "why")]
+    rows: list[tuple[str, ...]] = [("layers", "count", "shape", "becomes", "bits", "MB", "why")]
     for (kind, scheme, reason), entries in kinds.items():
         shape = " x ".join(map(str, entries[0].layer.shape))
         size = sum(e.layer.shape[0] * e.layer.shape[1] * e.stored_bits / 8e6 for e in entries)
