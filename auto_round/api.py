@@ -24,7 +24,7 @@ from auto_round.plan import Plan, fit_group
 from auto_round.schemes import QuantizationScheme, to_scheme
 from auto_round.store import RunStore
 from auto_round.tensors import BlockResult
-from auto_round.tuning import TuningTask, tuner_for
+from auto_round.tuning import TuningTask, tune
 
 logger = logging.getLogger(__name__)
 
@@ -234,7 +234,7 @@ def tune_block(
         block=view, schemes=schemes, transposed=transposed, inputs=inputs, original_inputs=inputs, targets=targets,
         mask=None, batches=batches, seed=pipeline.block_seed(config.seed, root),
     )  # fmt: skip
-    result = tuner_for(config)(task, config)
+    result = tune(task, config)
     strip = len(root) + 1
     return dataclasses.replace(
         result,

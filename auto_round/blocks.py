@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -24,6 +25,8 @@ from auto_round.calibration import CalibrationSet
 from auto_round.checkpoint import WeightSource
 from auto_round.errors import CalibrationError, UnsupportedError
 from auto_round.models.base import has_tied_head, head_name
+
+InputQuantizer = Callable[[Tensor], Tensor]
 
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
@@ -60,6 +63,7 @@ class Block:
         calls: how the model calls each.
         tensors: full parameter and buffer names -> tensors in their stored precision; a forward pass converts those
             that are not replaced, so that no second copy of the weights stays while they are tuned.
+        input_quantizers: full weight name -> what its layer's input passes through first; empty for 16 bits.
     """
 
     names: tuple[str, ...]
@@ -68,6 +72,7 @@ class Block:
     tensors: Mapping[str, Tensor]
     device: torch.device
     dtype: torch.dtype
+    input_quantizers: Mapping[str, InputQuantizer] = dataclasses.field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -83,9 +88,29 @@ class Block:
             state = {k[len(dot) :]: _to(t, self.device, self.dtype) for k, t in own.items() if k not in replaced}
             state.update({k[len(dot) :]: t for k, t in replaced.items() if k.startswith(dot)})
             args, kwargs = calls.for_samples(samples, self.device, self.dtype)
-            output = functional_call(module, state, (hidden_NTH, *args), kwargs)
+            with self._quantized_inputs(name, module):
+                output = functional_call(module, state, (hidden_NTH, *args), kwargs)
             hidden_NTH = output[0] if isinstance(output, tuple) else output
         return hidden_NTH
+
+    @contextlib.contextmanager
+    def _quantized_inputs(self, block: str, module: nn.Module) -> Iterator[None]:
+        """Puts the input quantizers before their layers for the time of one forward pass."""
+        handles = []
+        try:
+            for weight, quantizer in self.input_quantizers.items():
+                layer = weight.removesuffix(".weight")
+                if layer.startswith(block + "."):
+                    hook = functools.partial(_pass_through, quantizer)
+                    handles.append(module.get_submodule(layer[len(block) + 1 :]).register_forward_pre_hook(hook))
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+def _pass_through(quantizer: InputQuantizer, _module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    return (quantizer(args[0]), *args[1:])
 
 
 class BlockStream:

@@ -28,9 +28,11 @@ from auto_round.formats import FormatTarget, export
 from auto_round.formats.export import HEAD_BLOCK, checked_targets
 from auto_round.models import discover
 from auto_round.plan import Plan, resolve
+from auto_round.schemes import QuantizationScheme
 from auto_round.store import RunStore
 from auto_round.tensors import BlockResult
-from auto_round.tuning import Tuner, TuningTask, round_plain, round_searched, tuner_for
+from auto_round.tuning import TuningTask, round_plain, round_searched, tune, tuner_for, with_quantized_inputs
+from auto_round.tuning.base import joined_peaks
 
 logger = logging.getLogger(__name__)
 
@@ -121,7 +123,7 @@ def quantize(session: Session, work: Path) -> RunStore:
     for warning in plan.warnings:
         logger.warning("%s", warning)
     data = None
-    if config.tune.needs_calibration:
+    if config.tune.needs_calibration or plan.needs_calibration:
         calib = config.calib
         data = load_calibration(
             calib.dataset, session.tokenizer, nsamples=calib.nsamples, seqlen=calib.seqlen, seed=config.tune.seed
@@ -159,10 +161,11 @@ def _round_everything(session: Session, store: RunStore) -> None:
             stored: dict[str, Tensor] = {}
             for name in group:
                 stored.update(source.tensors(name))
-            weights = {}
+            weights, peaks = {}, joined_peaks({name: stored[name] for name in entries})
             for name, entry in entries.items():
                 weight = stored[name].to(device).float()
-                weights[name] = round_plain(weight.t() if entry.layer.transposed else weight, entry.scheme).to("cpu")
+                weight = weight.t() if entry.layer.transposed else weight
+                weights[name] = round_plain(weight, entry.scheme, peaks[name]).to("cpu")
             store.save(group[0], BlockResult(weights))
         progress.report(group[0], BlockResult({}))
     _round_outside(session, store, None)
@@ -181,13 +184,14 @@ def _tune_everything(session: Session, store: RunStore, data: CalibrationSet) ->
         last = index == len(plan.groups) - 1 and not outside_left
         done = store.has(group[0])
         targets_NTH = stream.run(block, stream.original) if tuner.needs_targets or not last else None
-        result = store.load(group[0]) if done else _tune_block(session, tuner, stream, block, targets_NTH)
+        result = store.load(group[0]) if done else _tune_block(session, stream, block, targets_NTH)
         if not done and distributed.is_writer():
             store.save(group[0], result)
         distributed.barrier()
         if not last:
             assert targets_NTH is not None
-            stream.advance(block, targets_NTH, _replaced(session, block, result))
+            quantized = with_quantized_inputs(block, *_schemes_and_peaks(result))
+            stream.advance(quantized, targets_NTH, _replaced(session, block, result))
         progress.report(block.name, result, resumed=done)
     if outside_left:
         head = session.plan.structure.head
@@ -214,9 +218,7 @@ def _open_stream(session: Session, data: CalibrationSet, *, quantized_chain: boo
     )
 
 
-def _tune_block(
-    session: Session, tuner: Tuner, stream: BlockStream, block: Block, targets_NTH: Tensor | None
-) -> BlockResult:
+def _tune_block(session: Session, stream: BlockStream, block: Block, targets_NTH: Tensor | None) -> BlockResult:
     entries = session.plan.in_group(block.names)
     task = TuningTask(
         block=block,
@@ -229,8 +231,14 @@ def _tune_block(
         batches=stream.batches(),
         seed=block_seed(session.config.tune.seed, block.names[0]),
     )
-    result = tuner(task, session.config.tune) if entries else BlockResult({})
+    result = tune(task, session.config.tune) if entries else BlockResult({})
     return dataclasses.replace(result, weights={name: weight.to("cpu") for name, weight in result.weights.items()})
+
+
+def _schemes_and_peaks(result: BlockResult) -> tuple[dict[str, QuantizationScheme], dict[str, Tensor]]:
+    schemes = {name: weight.scheme for name, weight in result.weights.items()}
+    peaks = {name: weight.input_peak for name, weight in result.weights.items() if weight.input_peak is not None}
+    return schemes, peaks
 
 
 def _replaced(session: Session, block: Block, result: BlockResult) -> dict[str, Tensor]:
@@ -255,19 +263,23 @@ def _round_outside(session: Session, store: RunStore, head_inputs: Tensor | None
     outside = session.plan.outside()
     if not outside or store.has(HEAD_BLOCK) or not distributed.is_writer():
         return
-    importance = None
+    importance, peak = None, None
     if head_inputs is not None:
         rows = head_inputs.flatten(0, -2)
+        peak = head_inputs.abs().amax().float()
         importance = sum(piece.float().square().sum(0) for piece in rows.split(HEAD_ROWS)) / len(rows)
     weights = {}
     for name, entry in outside.items():
         weight = session.source.tensors(entry.layer.name)[name].to(compute_device(session.config.device)).float()
         weight = weight.t() if entry.layer.transposed else weight
-        if head_inputs is None:
+        if head_inputs is None or not session.config.tune.needs_calibration:
             quantized = round_plain(weight, entry.scheme)
         else:
             seen = importance.to(weight.device) if entry.layer.name == session.plan.structure.head else None
             quantized = round_searched(weight, entry.scheme, seen)
+        activation = entry.scheme.activation
+        if activation is not None and activation.needs_calibration:
+            quantized = dataclasses.replace(quantized, input_peak=peak)
         weights[name] = quantized.to("cpu")
     store.save(HEAD_BLOCK, BlockResult(weights))
 

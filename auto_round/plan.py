@@ -14,6 +14,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from auto_round.config import SchemeConfig
+from auto_round.data_types import DATA_TYPES
+from auto_round.data_types.activations import why_not_activation
 from auto_round.errors import ConfigError, nearest
 from auto_round.models.base import LinearInfo, ModelStructure
 from auto_round.schemes import QuantizationScheme, check_fields, preset_name_to_scheme
@@ -60,9 +62,10 @@ class PlanEntry:
         if not self.scheme.is_quantized:
             return 16.0
         rows, width = self.layer.shape
-        groups = 1 if self.scheme.group_size == 0 else rows * group_count(width, self.scheme.group_size)
-        scale_bits = 32 if self.scheme.scale_dtype == "float32" else 16
-        return self.scheme.bits + groups * (scale_bits + self.scheme.bits) / (rows * width)
+        size = self.scheme.group_size
+        scales_down = 1 if size == 0 else -(-rows // size[0]) if isinstance(size, tuple) else rows
+        scales = scales_down * group_count(width, size)
+        return self.scheme.bits + scales * DATA_TYPES[self.scheme.data_type].scale_bits(self.scheme) / (rows * width)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -98,6 +101,12 @@ class Plan:
         """Returns parameter name -> entry for quantized weights outside the blocks (lm_head)."""
         return {name: entry for name, entry in self.quantized().items() if entry.layer.block is None}
 
+    @property
+    def needs_calibration(self) -> bool:
+        """Whether a layer's activations have ranges that are measured on calibration text."""
+        found = (entry.scheme.activation for entry in self.quantized().values())
+        return any(activation is not None and activation.needs_calibration for activation in found)
+
     def average_bits(self) -> float:
         """Returns the mean bits of a linear weight inside the blocks, scales and zero points counted."""
         inside = [entry for entry in self.entries if entry.layer.block is not None]
@@ -117,6 +126,7 @@ def resolve(structure: ModelStructure, config: SchemeConfig, *, nblocks: int = 1
     entries, adjustments = [], []
     for layer in structure.linears:
         scheme, reason = _scheme_of(layer, structure, base, overrides, config.quant_lm_head)
+        problems += [problem for problem in why_not_scheme(scheme) if problem not in problems]
         scheme, changes = fit_group(layer, scheme)
         adjustments += changes
         entries.append(PlanEntry(layer, scheme, reason + "".join(f"; {change.why}" for change in changes)))
@@ -234,10 +244,21 @@ def _scheme_of(
     return SIXTEEN_BIT, reason
 
 
+def why_not_scheme(scheme: QuantizationScheme) -> list[str]:
+    """Returns what a scheme asks for that its data types cannot be."""
+    if not scheme.is_quantized:
+        return []
+    reasons = [DATA_TYPES[scheme.data_type].refuses(scheme)]
+    reasons += [why_not_activation(scheme.activation)] if scheme.activation is not None else []
+    return [f"scheme {scheme}: {reason}" for reason in reasons if reason]
+
+
 def fit_group(layer: LinearInfo, scheme: QuantizationScheme) -> tuple[QuantizationScheme, list[Adjustment]]:
     """Returns a scheme whose groups fit the layer: a smaller group that divides the row, else a shorter last group."""
     width, size = layer.shape[1], scheme.group_size
-    if not scheme.is_quantized or size in (-1, 0) or width % size == 0:
+    if not scheme.is_quantized or scheme.data_type != "int" or not isinstance(size, int) or size < 1:
+        return scheme, []
+    if width % size == 0:
         return scheme, []
     smaller = size
     while smaller > SMALLEST_GROUP and width % smaller:

@@ -19,7 +19,7 @@ from torch import Tensor
 from auto_round.errors import CheckpointError, ResumeMismatchError
 from auto_round.layouts.bit_pack import pack_bits, unpack_bits
 from auto_round.schemes import QuantizationScheme
-from auto_round.tensors import BlockResult, QuantizedTensor
+from auto_round.tensors import TENSOR_FIELDS, BlockResult, QuantizedTensor
 
 RUN_FILE = "run.json"
 SHOWN_DIFFERENCES = 12
@@ -78,9 +78,10 @@ class RunStore:
             scheme = weight.scheme
             schemes[name] = {"scheme": scheme.to_dict(), "shape": list(weight.shape)}
             tensors[f"{name}|codes"] = pack_bits(weight.codes.cpu(), scheme.bits)
-            tensors[f"{name}|scale"] = weight.scale.cpu().contiguous()
-            if weight.zero_point is not None:
-                tensors[f"{name}|zero_point"] = weight.zero_point.cpu().contiguous()
+            for field in TENSOR_FIELDS[1:]:
+                tensor = getattr(weight, field)
+                if tensor is not None:
+                    tensors[f"{name}|{field}"] = tensor.cpu().contiguous()
         for name, tensor in result.plain.items():
             tensors[f"{name}|plain"] = tensor.cpu().contiguous()
         metadata = {"schemes": json.dumps(schemes), "summary": json.dumps(result.summary())}
@@ -112,8 +113,10 @@ class RunStore:
             for name, entry in schemes.items():
                 scheme = QuantizationScheme.from_dict(entry["scheme"])
                 codes = unpack_bits(handle.get_tensor(f"{name}|codes"), scheme.bits, entry["shape"][1])
-                zero = handle.get_tensor(f"{name}|zero_point") if f"{name}|zero_point" in keys else None
-                weights[name] = QuantizedTensor(codes, handle.get_tensor(f"{name}|scale"), zero, scheme)
+                stored = (field for field in TENSOR_FIELDS[1:] if f"{name}|{field}" in keys)
+                fields: dict[str, Any] = dict.fromkeys(TENSOR_FIELDS[1:])
+                fields |= {field: handle.get_tensor(f"{name}|{field}") for field in stored}
+                weights[name] = QuantizedTensor(codes=codes, scheme=scheme, **fields)
             plain = {key.removesuffix("|plain"): handle.get_tensor(key) for key in keys if key.endswith("|plain")}
         return BlockResult(weights, plain, **json.loads(metadata["summary"]))
 

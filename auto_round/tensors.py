@@ -13,21 +13,26 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from auto_round.elements import ELEMENTS
 from auto_round.schemes import QuantizationScheme
 
+GroupSize = int | tuple[int, int]
 
-def effective_group_size(group_size: int, in_features: int) -> int:
+
+def effective_group_size(group_size: GroupSize, in_features: int) -> int:
     """Returns the number of weights that share a scale along a row (`in_features` for -1)."""
+    if isinstance(group_size, tuple):
+        return group_size[1]
     return in_features if group_size in (-1, 0) else group_size
 
 
-def group_count(in_features: int, group_size: int) -> int:
+def group_count(in_features: int, group_size: GroupSize) -> int:
     """Returns the number of groups of a row, a shorter last one included."""
     size = effective_group_size(group_size, in_features)
     return -(-in_features // size)
 
 
-def to_groups(weight_OI: Tensor, group_size: int) -> Tensor:
+def to_groups(weight_OI: Tensor, group_size: GroupSize) -> Tensor:
     """Returns (O, G, K): rows cut into groups, the last one padded with zeros."""
     rows, width = weight_OI.shape
     size = effective_group_size(group_size, width)
@@ -42,7 +47,7 @@ def from_groups(grouped_OGK: Tensor, in_features: int) -> Tensor:
     return grouped_OGK.reshape(grouped_OGK.shape[0], -1)[:, :in_features]
 
 
-def expand_groups(per_group_OG: Tensor, group_size: int, in_features: int) -> Tensor:
+def expand_groups(per_group_OG: Tensor, group_size: GroupSize, in_features: int) -> Tensor:
     """Returns (O, I): the value of its group for each weight."""
     size = effective_group_size(group_size, in_features)
     return per_group_OG.repeat_interleave(size, dim=1)[:, :in_features]
@@ -53,16 +58,22 @@ class QuantizedTensor:
     """A quantized weight: the only thing a tuner gives and an exporter takes.
 
     Attributes:
-        codes: (O, I) uint8, the stored integers, in [0, 2**bits).
-        scale: (O, G) float32, exactly representable in the scheme's scale dtype; may be negative.
-        zero_point: (O, G) uint8 on the grid of codes, or None when symmetric (then it is 2**(bits-1) everywhere).
+        codes: (O, I) uint8: stored integers in [0, 2**bits), or codes of the data type's element format.
+        scale: (O, G) float32, exactly representable in the stored form of scales; may be negative for integers. Where
+            rows share a scale (blocks, whole tensors), each row has it.
+        zero_point: (O, G) uint8 on the grid of codes; None when symmetric, or where codes are no integers.
         scheme: the scheme, with the group size that was really used.
+        global_scale: () float32 that scales were multiplied by before they were stored (NVFP4), or None.
+        input_peak: () float32, the largest magnitude of the layer's input seen in calibration; None unless activations
+            are quantized with calibrated ranges.
     """
 
     codes: Tensor
     scale: Tensor
     zero_point: Tensor | None
     scheme: QuantizationScheme
+    global_scale: Tensor | None = None
+    input_peak: Tensor | None = None
 
     def __post_init__(self) -> None:
         rows, width = self.codes.shape
@@ -70,7 +81,7 @@ class QuantizedTensor:
         assert self.codes.dtype == torch.uint8, self.codes.dtype
         assert self.scale.shape == groups, (self.scale.shape, groups)
         assert self.scale.dtype == torch.float32, self.scale.dtype
-        assert (self.zero_point is None) == self.scheme.sym
+        assert (self.zero_point is None) == (self.scheme.sym or self.scheme.data_type != "int")
         assert self.zero_point is None or self.zero_point.shape == groups
 
     @property
@@ -79,23 +90,33 @@ class QuantizedTensor:
         return self.codes.shape[0], self.codes.shape[1]
 
     def zero_points(self) -> Tensor:
-        """Returns (O, G) uint8 zero points, the constant one included when symmetric."""
+        """Returns (O, G) uint8 zero points of integer codes, the constant one included when symmetric."""
         if self.zero_point is not None:
             return self.zero_point
         return torch.full_like(self.scale, 2 ** (self.scheme.bits - 1), dtype=torch.uint8)
 
+    def levels(self) -> Tensor:
+        """Returns (O, I) float32: what the codes stand for, in units of the scale."""
+        element = ELEMENTS.get((self.scheme.data_type, self.scheme.bits))
+        if element is not None:
+            return element.decode(self.codes)
+        zero_OI = expand_groups(self.zero_points().float(), self.scheme.group_size, self.shape[1])
+        return self.codes.float() - zero_OI
+
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Returns (O, I) weights scale * (codes - zero_point), computed in float32, rounded once to `dtype`."""
-        width = self.shape[1]
-        size = self.scheme.group_size
-        zero_OI = expand_groups(self.zero_points().float(), size, width)
-        scale_OI = expand_groups(self.scale, size, width)
-        return (scale_OI * (self.codes.float() - zero_OI)).to(dtype)
+        """Returns (O, I) weights, levels times scale (over the global scale), in float32, rounded once to `dtype`."""
+        scale_OG = self.scale if self.global_scale is None else self.scale / self.global_scale
+        return (expand_groups(scale_OG, self.scheme.group_size, self.shape[1]) * self.levels()).to(dtype)
 
     def to(self, device: torch.device | str) -> QuantizedTensor:
         """Returns the same weight on another device."""
-        zero_point = None if self.zero_point is None else self.zero_point.to(device)
-        return QuantizedTensor(self.codes.to(device), self.scale.to(device), zero_point, self.scheme)
+        tensors = ((name, getattr(self, name)) for name in TENSOR_FIELDS)
+        moved: dict[str, Any] = {name: tensor.to(device) for name, tensor in tensors if tensor is not None}
+        return dataclasses.replace(self, **moved)
+
+
+# Fields of QuantizedTensor that hold tensors, those that may be None last.
+TENSOR_FIELDS = ("codes", "scale", "zero_point", "global_scale", "input_peak")
 
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)

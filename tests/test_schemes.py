@@ -25,8 +25,6 @@ from auto_round.schemes import (
         ("W2A16G64", 2, 64),
         ("W2A16G32", 2, 32),
         ("W4A16G64", 4, 64),
-        ("INT4", 4, 128),
-        ("INT8", 8, 128),
         ("w4a16", 4, 128),
         (" W4A16 ", 4, 128),
         ("W5A16G256", 5, 256),
@@ -175,7 +173,7 @@ def test_a_scheme_cannot_be_changed():
         (QuantizationScheme(), "int4 g128 sym"),
         (QuantizationScheme(bits=2, group_size=-1, sym=False), "int2 per row asym"),
         (QuantizationScheme(bits=8, group_size=0), "int8 per tensor sym"),
-        (QuantizationScheme(bits=8, group_size=32, act_bits=8), "int8 g32 sym a8"),
+        (QuantizationScheme(bits=8, group_size=32, act_bits=8), "int8 g32 sym, activations int8 g32 dynamic"),
     ],
     ids=str,
 )

@@ -44,15 +44,33 @@ class RoundingState:
 
 
 class DataType(Protocol):
-    """One way to represent weights. Registered in DATA_TYPES under the scheme's `data_type`."""
+    """One way to represent weights. Registered in DATA_TYPES under the scheme's `data_type`.
+
+    `tensor_peak` is the largest magnitude, () float32, of all weights that serving engines join with this one; None: of
+    this weight alone. Only types with a scale for a whole tensor look at it, so that the joined weights share it.
+    """
 
     name: str
 
-    def minmax_range(self, weight_OI: Tensor, scheme: QuantizationScheme) -> Range:
+    def refuses(self, scheme: QuantizationScheme) -> str | None:
+        """Returns why a scheme makes no sense for this type (its bits, groups or symmetry), or None."""
+        ...
+
+    def scale_bits(self, scheme: QuantizationScheme) -> int:
+        """Returns the bits of a group's scale and zero point together, as they are stored."""
+        ...
+
+    def minmax_range(self, weight_OI: Tensor, scheme: QuantizationScheme, tensor_peak: Tensor | None = None) -> Range:
         """Returns the range that covers every weight of its group: plain round-to-nearest."""
         ...
 
-    def search_range(self, weight_OI: Tensor, scheme: QuantizationScheme, importance_I: Tensor | None) -> Range:
+    def search_range(
+        self,
+        weight_OI: Tensor,
+        scheme: QuantizationScheme,
+        importance_I: Tensor | None,
+        tensor_peak: Tensor | None = None,
+    ) -> Range:
         """Returns the range with the least squared error, each input channel weighted by `importance_I` (I,)."""
         ...
 
@@ -76,6 +94,17 @@ class DataType(Protocol):
 
 
 DATA_TYPES: Registry[DataType] = Registry("data type")
+
+# Searches work on so many elements at a time: on a CPU the float32 intermediates stay in its cache, on a GPU in
+# moderate memory.
+CHUNK_ELEMENTS = {"cpu": 1 << 17, "gpu": 1 << 25}
+
+
+def row_pieces(grouped_OGK: Tensor) -> list[slice]:
+    """Returns the rows of each piece that a search works on at a time."""
+    elements = CHUNK_ELEMENTS["cpu" if grouped_OGK.device.type == "cpu" else "gpu"]
+    rows = max(1, elements // (grouped_OGK.shape[1] * grouped_OGK.shape[2]))
+    return [slice(start, start + rows) for start in range(0, grouped_OGK.shape[0], rows)]
 
 
 def round_ste(x: Tensor) -> Tensor:

@@ -27,7 +27,22 @@ class IntDataType:
 
     name = "int"
 
-    def minmax_range(self, weight_OI: Tensor, scheme: QuantizationScheme) -> Range:
+    def refuses(self, scheme: QuantizationScheme) -> str | None:
+        """Returns a reason for blocks of rows and columns; every width and symmetry is fine."""
+        if isinstance(scheme.group_size, tuple):
+            return f"group_size={scheme.group_size} (integers have groups of one row: a number, -1 or 0)"
+        return None
+
+    def scale_bits(self, scheme: QuantizationScheme) -> int:
+        """Returns the bits of a scale and, stored or not, of its zero point."""
+        return (32 if scheme.scale_dtype == "float32" else 16) + scheme.bits
+
+    def minmax_range(
+        self,
+        weight_OI: Tensor,
+        scheme: QuantizationScheme,
+        tensor_peak: Tensor | None = None,  # noqa: ARG002
+    ) -> Range:
         """Returns {"scale"} (symmetric) or {"low", "high"} (asymmetric), each (O, G, 1) float32."""
         grouped = to_groups(weight_OI.float(), scheme.group_size)
         low = grouped.amin(-1, keepdim=True).clamp(max=0)
@@ -39,7 +54,13 @@ class IntDataType:
         extreme = torch.where(high < -low, low, high)
         return {"scale": _away_from_zero(extreme / -(2.0 ** (scheme.bits - 1)), scheme)}
 
-    def search_range(self, weight_OI: Tensor, scheme: QuantizationScheme, importance_I: Tensor | None) -> Range:
+    def search_range(
+        self,
+        weight_OI: Tensor,
+        scheme: QuantizationScheme,
+        importance_I: Tensor | None,
+        tensor_peak: Tensor | None = None,  # noqa: ARG002
+    ) -> Range:
         """Returns the range of least weighted squared error; `importance_I` None weighs all channels alike.
 
         One scale per tensor (group_size 0) has no search: its range is `minmax_range`.

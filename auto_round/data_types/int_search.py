@@ -13,14 +13,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from auto_round.data_types.base import MIN_SCALE, cast_ste
+from auto_round.data_types.base import MIN_SCALE, cast_ste, row_pieces
 from auto_round.schemes import QuantizationScheme
 
 SYMMETRIC_RATIOS = tuple(0.3 + 0.025 * step for step in range(41))
 ASYMMETRIC_RATIOS = tuple(0.4 + 0.05 * step for step in range(15))
 REFINE_ROUNDS = 2
-# Rows are searched in pieces: on a CPU their float32 intermediates stay in its cache, on a GPU in moderate memory.
-CHUNK_ELEMENTS = {"cpu": 1 << 17, "gpu": 1 << 25}
 CLOSED_FORM_BITS = 4
 
 
@@ -30,7 +28,7 @@ def search_symmetric(grouped: Tensor, importance: Tensor, scheme: QuantizationSc
     Args:
         start: (O, G, 1) the min-max scale; it is among the candidates.
     """
-    pieces = _row_pieces(grouped)
+    pieces = row_pieces(grouped)
     return torch.cat([_search_symmetric(grouped[rows], importance, scheme, start[rows]) for rows in pieces])
 
 
@@ -38,15 +36,9 @@ def search_asymmetric(
     grouped: Tensor, importance: Tensor, scheme: QuantizationScheme, low: Tensor, high: Tensor, min_zero: int
 ) -> tuple[Tensor, Tensor]:
     """Returns (O, G, 1) positive scales and (O, G, 1) zero points in [min_zero, 2**bits - 1]."""
-    pieces = _row_pieces(grouped)
+    pieces = row_pieces(grouped)
     found = [_search_asymmetric(grouped[r], importance, scheme, low[r], high[r], min_zero) for r in pieces]
     return torch.cat([scale for scale, _ in found]), torch.cat([zero for _, zero in found])
-
-
-def _row_pieces(grouped: Tensor) -> list[slice]:
-    elements = CHUNK_ELEMENTS["cpu" if grouped.device.type == "cpu" else "gpu"]
-    rows = max(1, elements // (grouped.shape[1] * grouped.shape[2]))
-    return [slice(start, start + rows) for start in range(0, grouped.shape[0], rows)]
 
 
 def _refit(

@@ -1,6 +1,10 @@
 """Tuners: functions from a block and its inputs to quantized weights."""
 
+import dataclasses
+
 from auto_round.config import TuneConfig
+from auto_round.tensors import BlockResult
+from auto_round.tuning.activations import calibrated_peaks, with_peaks, with_quantized_inputs
 from auto_round.tuning.base import Tuner, TuningTask
 from auto_round.tuning.rtn import PlainRounding, SearchedRounding, round_plain, round_searched
 from auto_round.tuning.sign_round import SignRound
@@ -13,8 +17,17 @@ __all__ = [
     "TuningTask",
     "round_plain",
     "round_searched",
+    "tune",
     "tuner_for",
+    "with_quantized_inputs",
 ]
+
+
+def tune(task: TuningTask, config: TuneConfig) -> BlockResult:
+    """Returns the quantized weights of a block, chosen for the quantized activations that they will meet."""
+    peaks = calibrated_peaks(task)
+    block = with_quantized_inputs(task.block, task.schemes, peaks)
+    return with_peaks(tuner_for(config)(dataclasses.replace(task, block=block), config), peaks)
 
 
 def tuner_for(config: TuneConfig) -> Tuner:

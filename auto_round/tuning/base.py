@@ -11,6 +11,7 @@ from torch import Tensor
 
 from auto_round.blocks import Block
 from auto_round.config import TuneConfig
+from auto_round.plan import FUSED_GROUPS
 from auto_round.schemes import QuantizationScheme
 from auto_round.tensors import BlockResult
 
@@ -46,6 +47,10 @@ class TuningTask:
         stored = self.block.tensors[name]
         return stored.t() if name in self.transposed else stored
 
+    def tensor_peaks(self) -> dict[str, Tensor]:
+        """Returns weight name -> largest magnitude over the weights that serving engines join with it."""
+        return joined_peaks({name: self.weight(name) for name in self.schemes})
+
     def as_parameter(self, name: str, weight_OI: Tensor) -> Tensor:
         """Returns a weight in the form and precision that the block's forward takes."""
         return (weight_OI.t() if name in self.transposed else weight_OI).to(self.block.dtype)
@@ -53,6 +58,18 @@ class TuningTask:
     def generator(self) -> torch.Generator:
         """Returns a fresh CPU generator for this block."""
         return torch.Generator().manual_seed(self.seed)
+
+
+def joined_peaks(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Returns weight name -> () float32 largest magnitude of it and those that serving engines join with it."""
+    peaks = {name: weight.abs().amax().float() for name, weight in weights.items()}
+    for members in FUSED_GROUPS:
+        for name in weights:
+            stem, _, leaf = name.removesuffix(".weight").rpartition(".")
+            joined = [f"{stem}.{member}.weight" for member in members if f"{stem}.{member}.weight" in weights]
+            if leaf == members[0]:
+                peaks |= dict.fromkeys(joined, torch.stack([peaks[other] for other in joined]).amax())
+    return peaks
 
 
 class Tuner(Protocol):

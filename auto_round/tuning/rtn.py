@@ -14,17 +14,23 @@ from auto_round.tuning.base import TuningTask
 from auto_round.tuning.statistics import channel_importance
 
 
-def round_plain(weight_OI: Tensor, scheme: QuantizationScheme) -> QuantizedTensor:
-    """Returns a weight rounded to the nearest code, its scale covering every weight of the group."""
+def round_plain(weight_OI: Tensor, scheme: QuantizationScheme, tensor_peak: Tensor | None = None) -> QuantizedTensor:
+    """Returns a weight rounded to the nearest code, its scale covering every weight of the group.
+
+    Args:
+        tensor_peak: as in `data_types.base.DataType`.
+    """
     data_type = DATA_TYPES[scheme.data_type]
-    range_ = data_type.minmax_range(weight_OI, scheme)
+    range_ = data_type.minmax_range(weight_OI, scheme, tensor_peak)
     return data_type.encode(weight_OI, scheme, range_, data_type.trainable(weight_OI, scheme))
 
 
-def round_searched(weight_OI: Tensor, scheme: QuantizationScheme, importance_I: Tensor | None) -> QuantizedTensor:
+def round_searched(
+    weight_OI: Tensor, scheme: QuantizationScheme, importance_I: Tensor | None, tensor_peak: Tensor | None = None
+) -> QuantizedTensor:
     """Returns a weight rounded to the nearest code, its scale searched for the least weighted error."""
     data_type = DATA_TYPES[scheme.data_type]
-    range_ = data_type.search_range(weight_OI, scheme, importance_I)
+    range_ = data_type.search_range(weight_OI, scheme, importance_I, tensor_peak)
     return data_type.encode(weight_OI, scheme, range_, data_type.trainable(weight_OI, scheme))
 
 
@@ -35,7 +41,10 @@ class PlainRounding:
 
     def __call__(self, task: TuningTask, config: TuneConfig) -> BlockResult:  # noqa: ARG002
         """Returns each weight rounded by itself."""
-        return BlockResult({name: round_plain(task.weight(name), scheme) for name, scheme in task.schemes.items()})
+        peaks = task.tensor_peaks()
+        return BlockResult(
+            {name: round_plain(task.weight(name), scheme, peaks[name]) for name, scheme in task.schemes.items()}
+        )
 
 
 class SearchedRounding:
@@ -48,8 +57,9 @@ class SearchedRounding:
         importance: Mapping[str, Tensor] = channel_importance(
             task.block, task.original_inputs, task.batches, list(task.schemes), mask_NT=task.mask
         )
+        peaks = task.tensor_peaks()
         weights = {
-            name: round_searched(task.weight(name), scheme, importance.get(name))
+            name: round_searched(task.weight(name), scheme, importance.get(name), peaks[name])
             for name, scheme in task.schemes.items()
         }
         idle = sorted(set(task.schemes) - set(importance))

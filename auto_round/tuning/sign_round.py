@@ -68,7 +68,7 @@ class TunedWeight:
         """Returns views of some rows each, so that the intermediates of a step stay small; one if scales are shared."""
         rows, width = self.weight.shape
         step = max(1, PIECE_ELEMENTS[self.weight.device.type == "cpu"] // width)
-        if step >= rows or self.scheme.group_size == 0:
+        if step >= rows or not isinstance(self.scheme.group_size, int) or self.scheme.group_size == 0:
             return [(slice(0, rows), self)]
         return [(slice(start, start + step), self._rows(slice(start, start + step))) for start in range(0, rows, step)]
 
@@ -322,10 +322,10 @@ def _make_weights(task: TuningTask, config: TuneConfig) -> dict[str, TunedWeight
         sensitivity = output_sensitivity(
             task.block, task.original_inputs, probes, names, task.generator(), mask_NT=task.mask
         )
-    weights = {}
+    weights, peaks = {}, task.tensor_peaks()
     for name, scheme in task.schemes.items():
         data_type, weight = DATA_TYPES[scheme.data_type], task.weight(name)
-        range_ = data_type.search_range(weight, scheme, importance.get(name))
+        range_ = data_type.search_range(weight, scheme, importance.get(name), peaks[name])
         curvature = None
         if name in sensitivity and name in importance:
             # Loss = mean over tokens and D outputs, so its Gauss-Newton diagonal is 2/D E[x_j^2] c_i.

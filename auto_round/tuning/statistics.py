@@ -12,6 +12,38 @@ from auto_round.blocks import Block
 
 
 @torch.no_grad()
+def input_peaks(
+    block: Block,
+    inputs_NTH: Tensor,
+    batches: Sequence[slice],
+    weights: Sequence[str],
+    *,
+    mask_NT: Tensor | None = None,
+) -> dict[str, Tensor]:
+    """Returns the largest magnitude of each layer's input, () float32, by weight name; padding does not count.
+
+    A layer that calibration never reached is missing.
+    """
+    peaks: dict[str, Tensor] = {}
+    real: list[Tensor] = []
+
+    def keep(name: str, module_input: Tensor, _output: Tensor) -> None:
+        peak = _real_rows(module_input.detach(), real).abs().amax().float()
+        peaks[name] = torch.maximum(peaks[name], peak) if name in peaks else peak
+
+    with _watched(block, weights, keep):
+        for piece in batches:
+            real[:] = [] if mask_NT is None else [mask_NT[piece].to(block.device)]
+            block.forward(inputs_NTH[piece].to(block.device), torch.arange(piece.start, piece.stop))
+    return peaks
+
+
+def _real_rows(seen: Tensor, real: Sequence[Tensor]) -> Tensor:
+    """Returns (rows, I): the tokens of a layer's input that are no padding, if the layer sees all tokens in order."""
+    return seen[real[0]] if real and seen.shape[:-1] == real[0].shape else seen.flatten(0, -2)
+
+
+@torch.no_grad()
 def channel_importance(
     block: Block,
     inputs_NTH: Tensor,
@@ -33,8 +65,7 @@ def channel_importance(
     real: list[Tensor] = []  # the mask of the running batch
 
     def keep(name: str, module_input: Tensor, _output: Tensor) -> None:
-        seen = module_input.detach()
-        rows = seen[real[0]] if real and seen.shape[:-1] == real[0].shape else seen.flatten(0, -2)
+        rows = _real_rows(module_input.detach(), real)
         squares = rows.float().square().sum(0)
         sums[name] = sums[name] + squares if name in sums else squares
         counts[name] = counts.get(name, 0) + rows.shape[0]

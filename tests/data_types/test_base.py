@@ -17,9 +17,20 @@ SCHEMES = {
         for group_size, scale_dtype in ((32, "fp16"), (-1, "bf16"), (0, "fp32"))
         for sym in (True, False)
     ],
+    "fp": [
+        QuantizationScheme.from_dict({"data_type": "fp", "group_size": group_size})
+        for group_size in (-1, 0, 16, (4, 32))
+    ],
+    "fp_e5m2": [QuantizationScheme.from_dict({"data_type": "fp_e5m2"})],
+    "mx_fp": [QuantizationScheme.from_dict({"data_type": "mx_fp", "bits": bits}) for bits in (4, 6, 8)],
+    "mx_fp_e3m2": [QuantizationScheme.from_dict({"data_type": "mx_fp_e3m2"})],
+    "mx_fp_e5m2": [QuantizationScheme.from_dict({"data_type": "mx_fp_e5m2"})],
+    "mx_int": [QuantizationScheme.from_dict({"data_type": "mx_int", "bits": bits}) for bits in (4, 8)],
+    "nv_fp": [QuantizationScheme.from_dict({"data_type": "nv_fp"})],
 }
 CASES = [pytest.param(scheme, id=f"{scheme} {scheme.scale_dtype}") for rows in SCHEMES.values() for scheme in rows]
 SHAPE = (6, 80)
+STORED_SCALES = {"nv_fp": torch.float8_e4m3fn}  # types with a scale format of their own
 
 
 def random_weight(seed: int = 0) -> torch.Tensor:
@@ -53,7 +64,7 @@ def test_encoded_weights_are_exactly_the_fake_quantized_ones(scheme):
             assert encoded.shape == SHAPE
             assert encoded.scheme == scheme
             assert int(encoded.codes.max()) < 2**scheme.bits
-            dtype = getattr(torch, scheme.scale_dtype)
+            dtype = STORED_SCALES.get(scheme.data_type, getattr(torch, scheme.scale_dtype))
             assert torch.equal(encoded.scale, encoded.scale.to(dtype).float())
 
 

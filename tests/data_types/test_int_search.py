@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from auto_round.data_types import DATA_TYPES, int_search
+from auto_round.data_types import DATA_TYPES, base, int_search
 from auto_round.data_types.int import MIN_ZERO_POINT
 from auto_round.schemes import QuantizationScheme
 
@@ -171,7 +171,7 @@ def test_pieces_of_rows_give_the_same_result(sym, monkeypatch):
     scheme = QuantizationScheme(bits=2, group_size=32, sym=sym)
     weight = WEIGHTS["normal"](torch.Generator().manual_seed(5))
     whole = INT.search_range(weight, scheme, importance_of(64))
-    monkeypatch.setitem(int_search.CHUNK_ELEMENTS, "cpu", 3 * 64)
+    monkeypatch.setitem(base.CHUNK_ELEMENTS, "cpu", 3 * 64)
     pieces = INT.search_range(weight, scheme, importance_of(64))
     assert all(torch.equal(whole[name], pieces[name]) for name in whole)
 

@@ -1,0 +1,151 @@
+"""Number formats of a single stored value besides integers: FP4, FP6, FP8, and the fixed-point elements of MXINT.
+
+An element format is a small table of numbers. Values here are float32 in units of the scale. Rounding is to nearest,
+ties to even, and saturates at the largest finite number, as the OCP Microscaling specification v1.0 (section 6) and
+the OCP FP8 specification ask. Codes are the sign bit above the magnitude bits, which are in the order of magnitude.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class FloatElement:
+    """A sign, `exponent_bits` and `mantissa_bits`; exponent 0 holds subnormal numbers.
+
+    Attributes:
+        largest: the largest finite magnitude.
+        bias: of the exponent.
+        max_exponent: exponent of the largest power of two it holds ("emax"), which MX scales are chosen by.
+    """
+
+    name: str
+    exponent_bits: int
+    mantissa_bits: int
+    largest: float
+    bias: int
+    max_exponent: int
+
+    @property
+    def bits(self) -> int:
+        """Bits of a code."""
+        return 1 + self.exponent_bits + self.mantissa_bits
+
+    def spacing(self, x: Tensor) -> Tensor:
+        """Returns the distance between neighbouring numbers around each x, a power of two."""
+        return power_of_two(self._exponent(x.abs().clamp(max=self.largest)) - self.mantissa_bits)
+
+    def round(self, x: Tensor) -> Tensor:
+        """Returns the nearest number of the format for each x, float32."""
+        step = self.spacing(x)
+        return ((x / step).round() * step).clamp(-self.largest, self.largest)
+
+    def encode(self, values: Tensor) -> Tensor:
+        """Returns uint8 codes of numbers of the format, as `round` gives them."""
+        magnitude, exponent = values.abs(), self._exponent(values.abs())
+        whole = 2**self.mantissa_bits
+        mantissa = (
+            (magnitude / power_of_two(exponent - self.mantissa_bits)).round().to(torch.int32)
+        )  # whole..2*whole-1 for normal numbers, less below
+        field = torch.where(mantissa >= whole, (exponent + self.bias) * whole + mantissa - whole, mantissa)
+        sign = torch.signbit(values).to(torch.int32) << (self.bits - 1)
+        return (field.to(torch.int32) | sign).to(torch.uint8)
+
+    def decode(self, codes: Tensor) -> Tensor:
+        """Returns the float32 numbers of uint8 codes."""
+        return _decoded(self, codes.device)[codes.long()]
+
+    def _exponent(self, magnitude: Tensor) -> Tensor:
+        return floor_log2(magnitude).clamp(min=1 - self.bias)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class FixedElement:
+    """Two's-complement integers with an implied scale of 2**-fraction_bits; the most negative code is not used."""
+
+    name: str
+    bits: int
+    fraction_bits: int
+    max_exponent: int = 0
+
+    @property
+    def largest(self) -> float:
+        """The largest magnitude."""
+        return (2 ** (self.bits - 1) - 1) / 2**self.fraction_bits
+
+    def spacing(self, x: Tensor) -> Tensor:
+        """Returns the distance between neighbouring numbers, the same everywhere."""
+        return torch.full_like(x, 2.0**-self.fraction_bits)
+
+    def round(self, x: Tensor) -> Tensor:
+        """Returns the nearest number of the format for each x, float32."""
+        unit = 2.0**self.fraction_bits
+        return ((x * unit).round() / unit).clamp(-self.largest, self.largest)
+
+    def encode(self, values: Tensor) -> Tensor:
+        """Returns uint8 codes (two's complement in the low bits) of numbers of the format."""
+        whole = (values * 2.0**self.fraction_bits).round().to(torch.int32)
+        return (whole & (2**self.bits - 1)).to(torch.uint8)
+
+    def decode(self, codes: Tensor) -> Tensor:
+        """Returns the float32 numbers of uint8 codes."""
+        whole = codes.to(torch.int32)
+        negative = whole >= 2 ** (self.bits - 1)
+        return torch.where(negative, whole - 2**self.bits, whole).float() / 2.0**self.fraction_bits
+
+
+Element = FloatElement | FixedElement
+
+
+def power_of_two(exponent: Tensor) -> Tensor:
+    """Returns 2**exponent as float32, exactly, for int32 exponents in [-126, 127]."""
+    return ((exponent + 127) << 23).view(torch.float32)
+
+
+def floor_log2(magnitude: Tensor) -> Tensor:
+    """Returns the int32 exponent of the largest power of two in each positive number; -1 for zero."""
+    _, exponent = torch.frexp(magnitude)  # magnitude = m * 2**exponent with m in [0.5, 1)
+    return exponent.to(torch.int32) - 1
+
+
+@lru_cache(maxsize=32)
+def _decoded(element: FloatElement, device: torch.device) -> Tensor:
+    """Returns the number of every code of a float format, (2**bits,) float32; codes beyond the largest are NaN."""
+    whole = 2**element.mantissa_bits
+    numbers = []
+    for code in range(2 ** (element.bits - 1)):
+        exponent, mantissa = divmod(code, whole)
+        fraction = mantissa / whole + (1 if exponent else 0)
+        number = fraction * 2.0 ** (max(exponent, 1) - element.bias)
+        numbers.append(number if number <= element.largest else float("nan"))
+    positive = torch.tensor(numbers, dtype=torch.float32, device=device)
+    return torch.cat([positive, -positive])
+
+
+# Largest values and emax: OCP Microscaling Formats v1.0, table 1; E4M3 is the "FN" form without infinities.
+E2M1 = FloatElement("e2m1", 2, 1, largest=6.0, bias=1, max_exponent=2)
+E2M3 = FloatElement("e2m3", 2, 3, largest=7.5, bias=1, max_exponent=2)
+E3M2 = FloatElement("e3m2", 3, 2, largest=28.0, bias=3, max_exponent=4)
+E4M3 = FloatElement("e4m3", 4, 3, largest=448.0, bias=7, max_exponent=8)
+E5M2 = FloatElement("e5m2", 5, 2, largest=57344.0, bias=15, max_exponent=15)
+MXINT8 = FixedElement("mxint8", 8, fraction_bits=6)
+MXINT4 = FixedElement("mxint4", 4, fraction_bits=2)
+
+# (data type, bits) -> element. "int" is not here: its codes are plain integers with a zero point.
+ELEMENTS: dict[tuple[str, int], Element] = {
+    ("mx_fp", 4): E2M1,
+    ("mx_fp", 6): E2M3,
+    ("mx_fp", 8): E4M3,
+    ("mx_fp_e3m2", 6): E3M2,
+    ("mx_fp_e5m2", 8): E5M2,
+    ("mx_int", 4): MXINT4,
+    ("mx_int", 8): MXINT8,
+    ("nv_fp", 4): E2M1,
+    ("fp", 8): E4M3,
+    ("fp_e5m2", 8): E5M2,
+}

@@ -1,0 +1,55 @@
+"""Blocks that run with quantized activations, and the calibrated ranges that this takes."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from auto_round.blocks import Block, InputQuantizer
+from auto_round.data_types.activations import quantize_activation
+from auto_round.schemes import QuantizationScheme
+from auto_round.tensors import BlockResult
+from auto_round.tuning.base import TuningTask
+from auto_round.tuning.statistics import input_peaks
+
+
+def calibrated_peaks(task: TuningTask) -> dict[str, Tensor]:
+    """Returns weight name -> () float32 largest input magnitude, for layers whose activation range is calibrated.
+
+    Inputs are those that the quantized blocks before give. Layers that no token reached (idle experts) get the largest
+    range of the block, which clips nothing that others do not clip.
+    """
+    names = [name for name, scheme in task.schemes.items() if _needs_calibration(scheme)]
+    if not names:
+        return {}
+    found = input_peaks(task.block, task.inputs, task.batches, names, mask_NT=task.mask)
+    largest = max(found.values(), key=float) if found else None
+    return {name: peak for name in names if (peak := found.get(name, largest)) is not None}
+
+
+def with_quantized_inputs(
+    block: Block, schemes: Mapping[str, QuantizationScheme], peaks: Mapping[str, Tensor]
+) -> Block:
+    """Returns a block that quantizes the input of each layer as its scheme says."""
+    quantizers: dict[str, InputQuantizer] = {}
+    for name, scheme in schemes.items():
+        if scheme.activation is not None:
+            peak = peaks[name] if _needs_calibration(scheme) else None
+            quantizers[name] = functools.partial(quantize_activation, scheme=scheme.activation, peak=peak)
+    return dataclasses.replace(block, input_quantizers=quantizers) if quantizers else block
+
+
+def with_peaks(result: BlockResult, peaks: Mapping[str, Tensor]) -> BlockResult:
+    """Returns a result whose weights carry the calibrated ranges of their inputs."""
+    weights = {
+        name: dataclasses.replace(weight, input_peak=peaks[name]) if name in peaks else weight
+        for name, weight in result.weights.items()
+    }
+    return dataclasses.replace(result, weights=weights)
+
+
+def _needs_calibration(scheme: QuantizationScheme) -> bool:
+    return scheme.activation is not None and scheme.activation.needs_calibration
