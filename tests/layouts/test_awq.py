@@ -52,7 +52,7 @@ def test_the_zero_point_of_a_symmetric_weight_is_stored_as_8(make_weight):
     [
         pytest.param({"bits": 3}, ["bits=3", "only 4"], id="3 bits"),
         pytest.param({"bits": 8}, ["bits=8", "only 4"], id="8 bits"),
-        pytest.param({"data_type": "fp8"}, ["data_type=fp8"], id="data type"),
+        pytest.param({"data_type": "mx_fp"}, ["data_type=mx_fp"], id="data type"),
         pytest.param({"group_size": 0}, ["group_size=0"], id="per tensor"),
     ],
 )

@@ -80,7 +80,7 @@ def test_a_zero_point_of_0_is_refused_where_it_would_wrap():
 @pytest.mark.parametrize(
     ("change", "part"),
     [
-        pytest.param({"data_type": "fp8"}, "data_type=fp8", id="data type"),
+        pytest.param({"data_type": "mx_fp"}, "data_type=mx_fp", id="data type"),
         pytest.param({"group_size": 0}, "group_size=0", id="per tensor"),
         pytest.param({"bits": 3}, None, id="3 bits"),
         pytest.param({"sym": False}, None, id="asymmetric"),
