@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from auto_round import pipeline
-from auto_round.blocks import Block, BlockCalls
+from auto_round.blocks import Block, BlockCalls, InputQuantizer
 from auto_round.config import PARTS, RunConfig, TuneConfig, parse_formats, parse_layer_config
 from auto_round.errors import ConfigError
 from auto_round.formats import FormatTarget, export
@@ -24,7 +24,7 @@ from auto_round.plan import Plan, fit_group
 from auto_round.schemes import QuantizationScheme, to_scheme
 from auto_round.store import RunStore
 from auto_round.tensors import BlockResult
-from auto_round.tuning import TuningTask, tune
+from auto_round.tuning import TuningTask, quantizers_of, tune
 
 logger = logging.getLogger(__name__)
 
@@ -117,6 +117,20 @@ class AutoRound:
         if self.session.source.folder is None:
             _write_back(self.session.source.model, self._store, self.plan)
         return self.model, {e.layer.name: e.scheme.to_dict() for e in self.plan.quantized().values()}
+
+    def input_quantizers(self) -> dict[str, InputQuantizer]:
+        """Returns layer name -> what its input passes through when activations are quantized; `quantize` comes first.
+
+        A model in memory keeps plain linear layers with dequantized weights. Registered as forward pre-hooks, these
+        show what an engine that quantizes activations will compute.
+        """
+        if self._store is None:
+            raise ConfigError("nothing is quantized yet: call quantize() first")
+        found: dict[str, InputQuantizer] = {}
+        for block in self._store.finished():
+            quantizers = quantizers_of(self._store.load(block))
+            found |= {name.removesuffix(".weight"): quantizer for name, quantizer in quantizers.items()}
+        return found
 
     def save_quantized(
         self, output_dir: str | Path | None = None, format: str | None = None, **unused: Any

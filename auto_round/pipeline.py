@@ -28,10 +28,17 @@ from auto_round.formats import FormatTarget, export
 from auto_round.formats.export import HEAD_BLOCK, checked_targets
 from auto_round.models import discover
 from auto_round.plan import Plan, resolve
-from auto_round.schemes import QuantizationScheme
 from auto_round.store import RunStore
 from auto_round.tensors import BlockResult
-from auto_round.tuning import TuningTask, round_plain, round_searched, tune, tuner_for, with_quantized_inputs
+from auto_round.tuning import (
+    TuningTask,
+    quantizers_of,
+    round_plain,
+    round_searched,
+    tune,
+    tuner_for,
+    with_input_quantizers,
+)
 from auto_round.tuning.base import joined_peaks
 
 logger = logging.getLogger(__name__)
@@ -190,7 +197,7 @@ def _tune_everything(session: Session, store: RunStore, data: CalibrationSet) ->
         distributed.barrier()
         if not last:
             assert targets_NTH is not None
-            quantized = with_quantized_inputs(block, *_schemes_and_peaks(result))
+            quantized = with_input_quantizers(block, quantizers_of(result))
             stream.advance(quantized, targets_NTH, _replaced(session, block, result))
         progress.report(block.name, result, resumed=done)
     if outside_left:
@@ -233,12 +240,6 @@ def _tune_block(session: Session, stream: BlockStream, block: Block, targets_NTH
     )
     result = tune(task, session.config.tune) if entries else BlockResult({})
     return dataclasses.replace(result, weights={name: weight.to("cpu") for name, weight in result.weights.items()})
-
-
-def _schemes_and_peaks(result: BlockResult) -> tuple[dict[str, QuantizationScheme], dict[str, Tensor]]:
-    schemes = {name: weight.scheme for name, weight in result.weights.items()}
-    peaks = {name: weight.input_peak for name, weight in result.weights.items() if weight.input_peak is not None}
-    return schemes, peaks
 
 
 def _replaced(session: Session, block: Block, result: BlockResult) -> dict[str, Tensor]:

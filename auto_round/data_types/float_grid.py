@@ -79,7 +79,7 @@ def fake_quantize(weight_OI: Tensor, scheme: QuantizationScheme, scale_OG1: Tens
     element = element_of(scheme)
     moved = _moved(weight_OI, scheme, scale_OG1, params, element)
     inside = moved.clamp(-element.largest, element.largest)
-    levels = inside + (element.round(inside) - inside).detach()
+    levels = inside + (element.round(inside.detach()) - inside).detach()
     return from_groups(scale_OG1 * levels, weight_OI.shape[1])
 
 

@@ -92,7 +92,7 @@ def global_scale(peak: Tensor) -> Tensor:
 def _stored_scale(range_: Range, params: Params) -> Tensor:
     """Returns the E4M3 number nearest to range times clip factor; the gradient passes unchanged."""
     wanted = (range_["scale"] * params["max_scale"]).clamp(SMALLEST_SCALE, E4M3.largest)
-    return wanted + (E4M3.round(wanted) - wanted).detach()
+    return wanted + (E4M3.round(wanted.detach()) - wanted).detach()
 
 
 DATA_TYPES.register("nv_fp")(NvFp4DataType())
