@@ -63,11 +63,13 @@ def describe_datasets() -> str:
 
 
 def describe_backends() -> str:
-    """Returns the table of inference backends."""
-    from auto_round.inference.backends import BACKENDS
+    """Returns the table of inference backends, the one that is preferred first."""
+    from auto_round.inference.backends import all_backends
 
-    rows = [("backend", "devices", "bits", "layouts", "priority")]
-    for name, backend in BACKENDS.items():
-        bits, layouts = ",".join(map(str, sorted(backend.bits))), ",".join(sorted(backend.layouts))
-        rows.append((name, ",".join(sorted(backend.devices)), bits, layouts, str(backend.priority)))
+    rows = [("backend", "devices", "bits", "data types", "priority", "also called")]
+    for backend in all_backends():
+        devices, data_types = ",".join(sorted(backend.devices)), ",".join(sorted(backend.data_types))
+        aliases = ",".join(alias for alias in backend.aliases if ":" not in alias)
+        bits = ",".join(map(str, sorted(backend.bits)))
+        rows.append((backend.name, devices, bits, data_types, str(backend.priority), aliases))
     return table(rows)

@@ -13,9 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from auto_round.errors import CheckpointError
+from auto_round.inference.packing import DENSE
 from auto_round.layouts import LAYOUTS
 from auto_round.schemes import QuantizationScheme
 from auto_round.tensors import effective_group_size
+
+SCALE_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,8 +27,8 @@ class LayerSpec:
 
     Attributes:
         name: full name of the module in the model.
-        scheme: bits, group_size and sym of the weight.
-        layout: name in the registry of layouts.
+        scheme: bits, group_size, sym and data type of the weight, and how its input is quantized.
+        layout: name in the registry of layouts, or packing.DENSE.
         dtype: of the activations the model computes with.
         device: type of the device it will run on, "cpu" or "cuda".
         bias: whether there is a bias.
@@ -59,21 +62,36 @@ class LayerSpec:
 
         Scales are loaded in float32, which holds any precision a checkpoint may store them in.
         """
-        specs = LAYOUTS[self.layout].specs(self.scheme, self.shape)
-        result = {name: (shape, getattr(torch, dtype)) for name, (shape, dtype) in specs.items()}
-        result["scales"] = (result["scales"][0], torch.float32)
+        scales = self.scale_dtypes()
+        result = {
+            name: (shape, torch.float32 if name in scales else dtype) for name, (shape, dtype) in self.specs().items()
+        }
         if self.group_index:
             result["g_idx"] = ((self.in_features,), torch.int32)
         if self.bias:
             result["bias"] = ((self.out_features,), self.dtype)
         return result
 
+    def specs(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        """Returns the layout's tensor names -> (shape, dtype that it has them stored in)."""
+        if self.layout == DENSE:
+            return {"weight": (self.shape, self.dtype)}
+        specs = LAYOUTS[self.layout].specs(self.scheme, self.shape)
+        return {name: (shape, getattr(torch, dtype)) for name, (shape, dtype) in specs.items()}
+
+    def scale_dtypes(self) -> dict[str, torch.dtype]:
+        """Returns the names of tensors that are scales in plain floating point -> dtype that the layout stores."""
+        if self.layout == DENSE:
+            return {}
+        return {name: dtype for name, (_, dtype) in self.specs().items() if dtype in SCALE_DTYPES}
+
 
 class QuantizedLinear(nn.Module):
     """A linear layer with a packed weight.
 
-    Buffers: the layout's tensors (`qweight`, `qzeros`, `scales`), `g_idx` and `bias` where the spec has them. They are
-    filled by the loader; then `settle` checks and arranges them and `prepare` makes the kernel.
+    Buffers: the layout's tensors (`qweight`, `qzeros`, `scales`, or `weight_packed`, `weight_scale` ...), `g_idx` and
+    `bias` where the spec has them. They are filled by the loader; then `settle` checks and arranges them and `prepare`
+    makes the kernel.
 
     Args:
         spec: what the layer is.
@@ -100,15 +118,17 @@ class QuantizedLinear(nn.Module):
     def settle(self) -> None:
         """Arranges the loaded tensors in place; their values do not change, except for a `g_idx` that was not stored.
 
-        Scales get the narrowest dtype that holds them exactly. Packed weights are laid out so that each row of the
-        weight is contiguous (same tensor, other strides). A `g_idx` missing in the checkpoint, which Transformers 5
-        leaves uninitialised, becomes 0 0 .. 1 1 ..
+        Scales get the dtype of the layout, or else the narrowest that holds them exactly. Words packed along columns
+        are laid out so that each row of the weight is contiguous (same tensor, other strides). A `g_idx` missing in the
+        checkpoint, which Transformers 5 leaves uninitialised, becomes 0 0 .. 1 1 ..
 
         Raises:
             CheckpointError: `g_idx` is invalid although the checkpoint says it matters (desc_act).
         """
-        self.qweight = _with_contiguous_rows(self.qweight)
-        self.scales = _narrowest(self.scales)
+        if "qweight" in self._buffers:
+            self.qweight = _with_contiguous_rows(self.qweight)
+        for name, dtype in self.spec.scale_dtypes().items():
+            setattr(self, name, _narrowest(getattr(self, name), dtype))
         if self.spec.group_index and not self._has_valid_group_index():
             if self.spec.act_order:
                 raise CheckpointError(
@@ -117,13 +137,18 @@ class QuantizedLinear(nn.Module):
                 )
             self.g_idx = self.sequential_groups().to(self.g_idx)
 
+    @property
+    def device(self) -> torch.device:
+        """Where the tensors are."""
+        return next(self.buffers(recurse=False)).device
+
     def prepare(self) -> None:
         """Makes the kernel from the settled buffers."""
         self.kernel = self.make_kernel(self)
 
     def sequential_groups(self) -> Tensor:
         """Returns (I,) int64: the group of each input feature when groups follow each other."""
-        return torch.arange(self.in_features, device=self.scales.device) // self.spec.group_size
+        return torch.arange(self.in_features, device=self.device) // self.spec.group_size
 
     def has_ordered_groups(self) -> bool:
         """Whether the groups follow each other along the input."""
@@ -143,11 +168,13 @@ class QuantizedLinear(nn.Module):
         return self.kernel(self, x)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedLinear:
-        """Moves the layer, but keeps the scales' precision: `model.to(torch.bfloat16)` must not round weights."""
-        scales = self.scales
+        """Moves the layer, but keeps the precision of what is stored: `model.to(torch.bfloat16)` rounds no weights."""
+        kept = {} if self.spec.layout == DENSE else {name: getattr(self, name) for name in self.spec.specs()}
         super()._apply(fn, recurse)
-        if self.scales.dtype != scales.dtype:
-            self.scales = scales.to(self.scales.device)
+        for name, tensor in kept.items():
+            moved = getattr(self, name)
+            if moved.dtype != tensor.dtype:
+                setattr(self, name, tensor.to(moved.device))
         return self
 
     def extra_repr(self) -> str:
@@ -160,8 +187,9 @@ def _with_contiguous_rows(packed: Tensor) -> Tensor:
     return packed.t().contiguous().t()
 
 
-def _narrowest(scales: Tensor) -> Tensor:
-    for dtype in (torch.float16, torch.bfloat16):
+def _narrowest(scales: Tensor, stored: torch.dtype) -> Tensor:
+    """Returns the same numbers in the dtype `stored`, or where that does not hold them in the narrowest that does."""
+    for dtype in (stored, torch.float16, torch.bfloat16):
         narrow = scales.to(dtype)
         if torch.equal(narrow.float(), scales.float()):
             return narrow
