@@ -188,7 +188,7 @@ def test_a_truncated_shard_is_reported_when_it_is_read(any_model, tmp_path):
     file = max(tmp_path.glob("*.safetensors"))
     file.write_bytes(file.read_bytes()[:-50])
     source = CheckpointSource(tmp_path)
-    (key,) = [key for key, shard in source.files.items() if shard == file.name][:1]
+    (key,) = [key for key, shard in source.stored.files.items() if shard == file.name][:1]
     with pytest.raises(CheckpointError, match=f"{file.name} cannot be read"):
         source.read(key)
 

@@ -132,14 +132,12 @@ def _packed(
 
 def _untied_head(exporter: Exporter, plan: Plan, source: WeightSource, store: RunStore) -> dict[str, Tensor]:
     """Returns the tensors of a quantized output layer that the source does not store because it is tied."""
-    keys = {name: key for key, name in source.keys().items() if name is not None}
-    parameters = dict(source.model.named_parameters(remove_duplicate=False))
+    stored = set(source.keys().values())
     tensors: dict[str, Tensor] = {}
     for name, entry in plan.outside().items():
-        if name not in keys:
+        if name not in stored:
             weight = store.load(HEAD_BLOCK).weights[name]
-            twin = next(other for other in keys if parameters.get(other) is parameters[name])
-            dtype = source.read(keys[twin]).dtype
+            dtype = source.tensors(entry.layer.name)[name].dtype
             tensors |= _packed(exporter, plan, entry.layer.name, weight, dtype, entry.layer.transposed)
     return tensors
 
