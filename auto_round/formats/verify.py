@@ -71,8 +71,8 @@ class Verified:
         dropped = listed(f"dropped {len(self.dropped)}", {f"{key} ({why})" for key, why in self.dropped.items()})
         fates = [f"quantized {self.quantized}", f"copied {self.copied}", *tied, *(dropped or ["dropped 0"])]
         return (
-            f"all tensors accounted for ({'; '.join(fates)}), {self.compared_layers} layers and "
-            f"{self.compared_copies} copies compared, {self.logits}, {self.seconds:.1f} s"
+            f"all tensors accounted for ({'; '.join(fates)}), {self.compared_layers} of {self.quantized} layers and "
+            f"{self.compared_copies} of {self.copied} copies compared, {self.logits}, {self.seconds:.1f} s"
         )
 
 
@@ -269,7 +269,7 @@ def _same_bytes(one: Tensor, other: Tensor) -> bool:
 def _report(folder: Path, problems: list[str]) -> str:
     lines = "\n  ".join(problems)
     return (
-        f"{folder} is not what was quantized:\n  {lines}\n"
+        f"{folder} does not pass its check:\n  {lines}\n"
         "The folder is left for inspection; do not use it. Finished blocks are kept: repeat the command with --resume "
         "(or call save_quantized again) to write it anew. If it fails again, check disk and memory, and report it; "
         "--no_verify skips this check"
