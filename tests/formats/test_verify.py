@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import logging
 from pathlib import Path
@@ -10,6 +11,8 @@ from auto_round import AutoRound, cli, pipeline
 from auto_round.config import RunConfig
 from auto_round.errors import UnsupportedError, VerificationError
 from auto_round.formats import EXPORTERS, export, finite_logits, verify
+from auto_round.formats.fake import FakeFormat
+from auto_round.layouts import LAYOUTS
 from auto_round.shards import INDEX_NAME
 from auto_round.store import RunStore
 from auto_round.tensors import BlockResult
@@ -76,6 +79,13 @@ def flip(position: int, bit: int = 0):
         return tensor
 
     return change
+
+
+def flip_a_bit_of_any(tensor):
+    """Returns a tensor of any dtype with the lowest bit of its first byte flipped."""
+    changed = tensor.reshape(-1).view(torch.uint8)
+    changed[0] ^= 1
+    return changed.view(tensor.dtype).reshape(tensor.shape)
 
 
 def put(value: float, position: int = 0):
@@ -153,6 +163,46 @@ def test_one_line_is_logged(make_model, tmp_path, caplog):
 def test_a_few_layers_of_each_scheme_are_compared(written):
     made = written(layer_config={"down_proj": 8, "layers.0.self_attn": {"bits": 2}})
     assert made.verify().compared_layers == 2 + 4 + 4  # two layers of 8 bits, four of 2, four of eight of 4
+
+
+STATIC = {"act_bits": 8, "act_dynamic": False}
+SCHEMES = {
+    "gptq": {"bits": 3, "sym": False},
+    "gptq_zp": {"bits": 2},
+    "awq": {"sym": False},
+    "ct_packed": {"sym": False},
+    "ct_int8": {"bits": 8, "group_size": -1, **STATIC, "act_group_size": 0},
+    "fp8": {"data_type": "fp", "bits": 8, "group_size": -1, **STATIC, "act_group_size": 0},
+    "mxfp4": {"data_type": "mx_fp", "bits": 4},
+    "mxfp8": {"data_type": "mx_fp", "bits": 8},
+    "nvfp4": {"data_type": "nv_fp4", "group_size": 16, "act_bits": 4, "act_data_type": "nv_fp4_with_static_gs"},
+}
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class OneLayout(FakeFormat):
+    """A format of one layout, which declares nothing but that."""
+
+    layout: str = ""
+
+    def layout_for(self, scheme, plan):  # noqa: ARG002
+        return LAYOUTS[self.layout]
+
+
+@pytest.mark.parametrize("layout", SCHEMES)
+def test_every_layout_passes_by_what_it_declares(layout, make_model, token_ids, tmp_path):
+    """Calibrated input ranges included, which are stored as quotients and do not read back to the bit."""
+    options = {**SCHEMES[layout], "dataset": [row.tolist() for row in token_ids()], "seqlen": 16, "nsamples": 8}
+    made = Export(tmp_path, make_model(), "fake", **options)
+    made.verify()
+    made.exporter = OneLayout(layout=layout)
+    made.write()
+    assert made.verify().logits == "logits finite"
+    specs = LAYOUTS[layout].specs(made.session.plan.base, (64, 64))
+    for local in specs:
+        made.write()
+        made.change(f"{FIRST}.{local}", flip_a_bit_of_any)
+        assert f"{FIRST}: " in made.problems(), local
 
 
 # --- what differs is found ---------------------------------------------------------------------------------------
