@@ -168,6 +168,7 @@ class RunConfig:
     low_gpu_mem_usage: bool = option(False, "keep calibration activations in host memory")
     model_dtype: str | None = option(None, "precision that 16-bit tensors are written in: bf16, fp16, fp32", kind=str)
     max_shard_size: str = option("5GB", "largest size of a file of weights")
+    verify: bool = option(True, "reopen each written checkpoint and check it", off="--no_verify")
     trust_remote_code: bool = option(False, "run model code that comes with the checkpoint")
     scheme: SchemeConfig = dataclasses.field(default_factory=SchemeConfig)
     calib: CalibConfig = dataclasses.field(default_factory=CalibConfig)

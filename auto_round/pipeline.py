@@ -24,7 +24,7 @@ from auto_round.checkpoint import CheckpointSource, ModuleSource, WeightSource, 
 from auto_round.config import RunConfig, parse_formats
 from auto_round.device import compute_device, compute_dtype
 from auto_round.errors import ConfigError
-from auto_round.formats import FormatTarget, export
+from auto_round.formats import FormatTarget, export, verify
 from auto_round.formats.export import HEAD_BLOCK, checked_targets
 from auto_round.models import discover
 from auto_round.plan import Plan, resolve
@@ -114,12 +114,24 @@ def run(session: Session) -> RunResult:
     summaries = {name: store.load(name).summary() for name in store.finished()}
     if distributed.is_writer():
         for target in wanted:
-            export(target.exporter, target.folder, session.plan, session.source, store, config, session.tokenizer)
-            logger.info("wrote %s to %s", target.exporter.name, target.folder)
+            write(session, target, store)
         if not config.work_dir:
             store.remove()
     distributed.barrier()
     return RunResult(tuple(target.folder for target in wanted), summaries, seconds)
+
+
+def write(session: Session, target: FormatTarget, store: RunStore) -> None:
+    """Writes one format, then reopens and checks it unless told not to.
+
+    Raises:
+        VerificationError: what was written is not what was quantized.
+    """
+    exporter, folder, config = target.exporter, target.folder, session.config
+    export(exporter, folder, session.plan, session.source, store, config, session.tokenizer)
+    logger.info("wrote %s to %s", exporter.name, folder)
+    if config.verify:
+        verify(exporter, folder, plan=session.plan, source=session.source, store=store, config=config)
 
 
 def quantize(session: Session, work: Path) -> RunStore:

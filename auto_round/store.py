@@ -104,6 +104,19 @@ class RunStore:
         except SafetensorError as error:
             raise CheckpointError(f"{self._file(block)} is damaged ({error}). Remove it; --resume redoes it") from error
 
+    def plain(self, block: str) -> dict[str, Tensor]:
+        """Returns only the tuned 16-bit values of a finished block; its codes stay packed on disk.
+
+        Raises:
+            CheckpointError: the block's file is damaged.
+        """
+        end = "|plain"
+        try:
+            with safe_open(self._file(block), framework="pt") as handle:
+                return {key.removesuffix(end): handle.get_tensor(key) for key in handle.keys() if key.endswith(end)}
+        except SafetensorError as error:
+            raise CheckpointError(f"{self._file(block)} is damaged ({error}). Remove it; --resume redoes it") from error
+
     def _load(self, block: str) -> BlockResult:
         weights: dict[str, QuantizedTensor] = {}
         with safe_open(self._file(block), framework="pt") as handle:

@@ -23,10 +23,11 @@ FLAGS = {
     "--eval_bs", "--format", "--formats", "--fp_layers", "--gradient_accumulate_steps", "--group_size", "--help",
     "--ignore_layers", "--iter", "--iters", "--layer_config", "--low_gpu_mem_usage", "--lr", "--lr_scheduler",
     "--max_shard_size", "--minmax_lr", "--mllm", "--model", "--model_dtype", "--model_name", "--model_name_or_path",
-    "--nblocks", "--not_use_best_mse", "--nsample", "--nsamples", "--output_dir", "--ppl", "--ppl_seqlen",
-    "--ppl_tokens", "--quant_lm_head", "--recipe", "--resume", "--sampler", "--scale_dtype", "--scheme", "--seed",
+    "--nblocks", "--no_verify", "--not_use_best_mse", "--nsample", "--nsamples", "--output_dir", "--ppl",
+    "--ppl_seqlen", "--ppl_tokens", "--quant_lm_head", "--recipe", "--resume", "--sampler", "--scale_dtype",
+    "--scheme", "--seed",
     "--seq_len", "--seqlen", "--super_bits", "--super_group_size", "--sym", "--task", "--tasks",
-    "--to_quant_block_names", "--train_bs", "--trust_remote_code", "--work_dir", "-h",
+    "--to_quant_block_names", "--train_bs", "--trust_remote_code", "--verify", "--work_dir", "-h",
 }  # fmt: skip
 
 

@@ -3,5 +3,6 @@
 from auto_round.formats import auto_round, fake
 from auto_round.formats.base import EXPORTERS, Exporter, FormatTarget, check, targets
 from auto_round.formats.export import export
+from auto_round.formats.verify import verify
 
-__all__ = ["EXPORTERS", "Exporter", "FormatTarget", "auto_round", "check", "export", "fake", "targets"]
+__all__ = ["EXPORTERS", "Exporter", "FormatTarget", "auto_round", "check", "export", "fake", "targets", "verify"]

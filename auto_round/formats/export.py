@@ -55,10 +55,10 @@ def export(
     for block, block_keys in by_block.items():
         result = store.load(block) if block and store.has(block) else BlockResult({})
         for key in block_keys:
-            for stored_key, tensor in _exported(exporter, plan, key, keys[key], source, result).items():
-                writer.add(stored_key, _in_dtype(stored_key, tensor, dtype))
-    for stored_key, tensor in _untied_head(exporter, plan, source, store).items():
-        writer.add(stored_key, _in_dtype(stored_key, tensor, dtype))
+            for stored_key, tensor in _exported(exporter, plan, key, keys[key], source, result, dtype).items():
+                writer.add(stored_key, tensor)
+    for stored_key, tensor in _untied_head(exporter, plan, source, store, dtype).items():
+        writer.add(stored_key, tensor)
     writer.close()
     _write_configs(exporter, folder, plan, source, config)
     if source.folder is not None:
@@ -87,12 +87,6 @@ def check_not_source(folder: Path, source: WeightSource) -> None:
         raise ConfigError(f"{folder} holds the original model, which would be lost. Give another --output_dir")
 
 
-def _in_dtype(key: str, tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
-    """Returns a tensor in the precision that was asked for; codes and scales stay what their layout says."""
-    keep = dtype is None or not tensor.is_floating_point() or key.endswith(".scales")
-    return tensor if keep else tensor.to(dtype)
-
-
 def _owners(plan: Plan) -> Any:
     """Returns a function from parameter name to the name its results are stored under ("" for none)."""
     block_of = {name: group[0] for group in plan.groups for name in group}
@@ -109,15 +103,26 @@ def _owners(plan: Plan) -> Any:
 
 
 def _exported(
-    exporter: Exporter, plan: Plan, key: str, name: str | None, source: WeightSource, result: BlockResult
+    exporter: Exporter,
+    plan: Plan,
+    key: str,
+    name: str | None,
+    source: WeightSource,
+    result: BlockResult,
+    dtype: torch.dtype | None,
 ) -> dict[str, Tensor]:
-    """Returns what is written in place of one stored tensor."""
+    """Returns what is written in place of one stored tensor.
+
+    Args:
+        dtype: of the tensors that are not packed; None: as the source stores them.
+    """
     weight = result.weights.get(name or "")
     if weight is None:
-        return {key: result.plain[name] if name in result.plain else source.read(key)}
+        tensor = result.plain[name] if name in result.plain else source.read(key)
+        return {key: tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor}
     original = source.read(key)
     transposed = next(e.layer.transposed for e in plan.entries if e.layer.parameter == name)
-    return _packed(exporter, plan, key.removesuffix(".weight"), weight, original.dtype, transposed)
+    return _packed(exporter, plan, key.removesuffix(".weight"), weight, dtype or original.dtype, transposed)
 
 
 def _packed(
@@ -130,17 +135,17 @@ def _packed(
     return {f"{layer}.{local}": tensor for local, tensor in layout.pack(weight).items()}
 
 
-def _untied_head(exporter: Exporter, plan: Plan, source: WeightSource, store: RunStore) -> dict[str, Tensor]:
+def _untied_head(
+    exporter: Exporter, plan: Plan, source: WeightSource, store: RunStore, dtype: torch.dtype | None
+) -> dict[str, Tensor]:
     """Returns the tensors of a quantized output layer that the source does not store because it is tied."""
-    keys = {name: key for key, name in source.keys().items() if name is not None}
-    parameters = dict(source.model.named_parameters(remove_duplicate=False))
+    stored = set(source.keys().values())
     tensors: dict[str, Tensor] = {}
     for name, entry in plan.outside().items():
-        if name not in keys:
+        if name not in stored:
             weight = store.load(HEAD_BLOCK).weights[name]
-            twin = next(other for other in keys if parameters.get(other) is parameters[name])
-            dtype = source.read(keys[twin]).dtype
-            tensors |= _packed(exporter, plan, entry.layer.name, weight, dtype, entry.layer.transposed)
+            own_dtype = dtype or source.tensors(entry.layer.name)[name].dtype
+            tensors |= _packed(exporter, plan, entry.layer.name, weight, own_dtype, entry.layer.transposed)
     return tensors
 
 
