@@ -39,12 +39,14 @@ def describe_memory(plan: Plan, config: RunConfig) -> str:
 
 
 def describe_formats() -> str:
-    """Returns the table of export formats."""
+    """Returns the table of export formats, made from what each declares, and a line on each."""
     from auto_round.formats import EXPORTERS
 
-    rows = [("format", "what it is")]
-    rows += [(name, exporter.summary) for name, exporter in EXPORTERS.items()]
-    return table(rows)
+    described = {name: exporter.capability.describe() for name, exporter in EXPORTERS.items()}
+    columns = next(iter(described.values()))
+    what = [f"{name}: {exporter.summary}" for name, exporter in EXPORTERS.items()]
+    rows = [("format", *columns), *((name, *cells.values()) for name, cells in described.items())]
+    return "\n".join([table(rows), "", *what])
 
 
 def describe_schemes() -> str:

@@ -239,6 +239,12 @@ def test_missing_packages_for_tasks_are_told_before_any_work(folder, capsys, tmp
     assert "pip install auto-round[eval]" in fails(capsys, *options)
 
 
+def test_a_format_that_cannot_be_measured_is_told_before_any_work(folder, capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(pipeline, "run", lambda *_: pytest.fail("worked before checking"))
+    options = ["--model", folder, "--format", "mlx", "--group_size", "32", "--output_dir", str(tmp_path / "out")]
+    assert "mlx cannot be evaluated here" in fails(capsys, *options, "--ppl", str(tmp_path / "eval.txt"))
+
+
 def test_a_problem_in_a_process_of_its_own_has_no_traceback():
     command = [sys.executable, "-m", "auto_round", "--model", "/no/such/folder", "--bits", "4"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)

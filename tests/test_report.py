@@ -32,6 +32,16 @@ def test_a_table_has_one_line_for_each_registered_name(describe, names):
     assert all(line == line.rstrip() for line in lines)
 
 
+def test_the_table_of_formats_is_made_from_what_they_declare():
+    heading, *lines = report.describe_formats().splitlines()
+    starts = [heading.index(column) for column in ("bits", "group size", "lm_head", "loads in")]
+    (gptq,) = [line for line in lines if line.startswith("auto_gptq ")]
+    cells = [gptq[start:].split("  ")[0] for start in starts]
+    assert cells[:3] == ["2, 3, 4, 8", "32, 64, 128, 256, 512, 1024, row", "yes"]
+    assert cells[3].startswith("GPTQModel")
+    assert f"auto_gptq: {EXPORTERS['auto_gptq'].summary}" in lines
+
+
 def test_a_scheme_is_described_by_its_fields():
     lines = {line.split()[0]: line.split()[1:] for line in report.describe_schemes().splitlines()}
     assert lines["W2A16G64"] == ["2", "64", "True", "int"]

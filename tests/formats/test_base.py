@@ -5,7 +5,7 @@ import pytest
 from auto_round.config import SchemeConfig, parse_formats
 from auto_round.errors import ConfigError, UnsupportedError
 from auto_round.formats import EXPORTERS, check, targets
-from auto_round.formats.base import differing_fields, folder_name, head_entry
+from auto_round.formats.base import copied_dtype, differing_fields, folder_name, head_entry, holders, refusals
 from auto_round.models import discover
 from auto_round.plan import resolve
 from auto_round.schemes import QuantizationScheme
@@ -44,9 +44,18 @@ def test_an_unknown_format_is_answered_with_the_nearest():
         targets(("fake", "auto_rond"), OUT)
 
 
-@pytest.mark.parametrize("name", ["itrex", "itrex_xpu", "itrex:anything"])
-def test_a_format_that_is_gone_names_the_alternative(name):
-    with pytest.raises(UnsupportedError, match=f"format {name} is not written: .*Use auto_round"):
+@pytest.mark.parametrize(
+    ("name", "instead"),
+    [
+        ("itrex", "auto_round"),
+        ("itrex_xpu", "auto_round"),
+        ("itrex:anything", "auto_round"),
+        ("auto_round:mlx", "mlx"),
+        ("svdquant_nunchaku", "auto_round"),
+    ],
+)
+def test_a_format_that_is_gone_names_the_alternative(name, instead):
+    with pytest.raises(UnsupportedError, match=f"format {name} is not written: .*Use {instead}"):
         targets(("fake", name), OUT)
 
 
@@ -63,7 +72,38 @@ def test_reasons_of_all_formats_are_reported_together(make_model):
     lines = str(error.value).splitlines()
     assert any(line.startswith("auto_round:auto_awq: cannot store bits=3") for line in lines)
     assert any(line.startswith("auto_round: cannot store act_bits=8") for line in lines)
+    assert "auto_round: this holds everything that was asked: --format fake" in lines
     assert not any(line.startswith("fake") for line in lines)
+
+
+def test_formats_that_can_hold_a_plan_are_named_the_default_first_and_fake_last(make_model):
+    able = holders(plan_of(make_model(), bits=3))
+    assert able[0] == "--format auto_round"
+    assert able[-1] == "--format fake"
+    assert {"--format auto_gptq", "--format mlx"} < set(able)
+    assert not {"--format auto_awq", "--format qdq"} & set(able)
+
+
+@pytest.mark.parametrize(
+    ("name", "parameter", "asked", "dtype"),
+    [
+        ("auto_gptq", "model.decoder.layers.0.fc1.bias", None, "float16"),
+        ("auto_gptq", "model.decoder.layers.0.fc1.bias", "bfloat16", "float16"),
+        ("auto_gptq", "model.decoder.layers.0.fc2.bias", None, None),
+        ("auto_gptq", "model.decoder.layers.0.final_layer_norm.bias", "bfloat16", "bfloat16"),
+        ("auto_gptq", None, None, None),
+        ("fake", "model.decoder.layers.0.fc1.bias", None, None),
+    ],
+    ids=["bias", "wins", "of-16-bit-layer", "of-norm", "no-parameter", "plain-format"],
+)
+def test_biases_of_quantized_layers_have_the_dtype_of_the_container(make_model, name, parameter, asked, dtype):
+    plan = plan_of(make_model("opt"), bits=4, fp_layers="fc2")
+    assert copied_dtype(EXPORTERS[name], plan, parameter, asked) == dtype
+
+
+def test_what_a_layout_refuses_is_refused_though_the_format_declares_it(make_model):
+    (reason,) = refusals(EXPORTERS["mlx"], plan_of(make_model(), bits=8, sym=False, scale_dtype="bf16"))
+    assert "float16 holds it) for 14 layers" in reason
 
 
 def test_formats_that_hold_a_plan_pass_without_a_word(make_model):
