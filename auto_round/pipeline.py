@@ -22,6 +22,7 @@ from auto_round.blocks import Block, BlockStream
 from auto_round.calibration import CalibrationSet, load_calibration
 from auto_round.checkpoint import CheckpointSource, ModuleSource, WeightSource, resolve_folder
 from auto_round.config import RunConfig, parse_formats
+from auto_round.data_types.activations import stored_peak
 from auto_round.device import compute_device, compute_dtype
 from auto_round.errors import ConfigError
 from auto_round.formats import FormatTarget, export
@@ -279,7 +280,8 @@ def _round_outside(session: Session, store: RunStore, head_inputs: Tensor | None
             quantized = round_searched(weight, entry.scheme, seen)
         activation = entry.scheme.activation
         if activation is not None and activation.needs_calibration:
-            quantized = dataclasses.replace(quantized, input_peak=peak)
+            assert peak is not None  # such schemes are calibrated
+            quantized = dataclasses.replace(quantized, input_peak=stored_peak(peak, entry.scheme))
         weights[name] = quantized.to("cpu")
     store.save(HEAD_BLOCK, BlockResult(weights))
 

@@ -1,8 +1,9 @@
-"""The auto_round format: GPTQ or AWQ tensors under a config that Transformers, vLLM and SGLang read.
+"""The auto_round format: one config that Transformers, vLLM and SGLang read, above tensors of several layouts.
 
-`auto_round` picks the layout that serving engines load: `auto_round:auto_awq` when every layer is 4-bit asymmetric,
-else `auto_round:auto_gptq`. The latter stores zero points minus one; asymmetric grids here start at zero point 1, so
-2, 3 and 8 bits asymmetric are exact in it too and need no layout that only Transformers reads.
+For weights that are no integers, and for quantized activations, these are the tensors of compressed-tensors. For
+integer weights `auto_round` picks the layout that serving engines load: `auto_round:auto_awq` when every layer is 4-bit
+asymmetric, else `auto_round:auto_gptq`. The latter stores zero points minus one; asymmetric grids here start at zero
+point 1, so 2, 3 and 8 bits asymmetric are exact in it too and need no layout that only Transformers reads.
 """
 
 from __future__ import annotations
@@ -12,11 +13,13 @@ from typing import Any
 
 from auto_round import __version__
 from auto_round.config import RunConfig
-from auto_round.formats.base import EXPORTERS, differing_fields, head_entry, layout_refusals
+from auto_round.formats.base import EXPORTERS, activation_fields, differing_fields, head_entry, layout_refusals
+from auto_round.formats.llm_compressor import compressed_layout, compressed_refusals
 from auto_round.layouts import LAYOUTS, Layout
 from auto_round.plan import Plan
 from auto_round.schemes import QuantizationScheme
 
+COMPRESSED = "auto_round:llm_compressor"
 LAYOUT_OF_PACKING = {
     "auto_round:auto_gptq": "gptq",
     "auto_round:auto_awq": "awq",
@@ -41,17 +44,20 @@ class AutoRoundFormat:
         if self.packing is not None:
             return self.packing
         schemes = [entry.scheme for entry in plan.quantized().values()]
+        if any(scheme.data_type != "int" or scheme.quantizes_activations for scheme in schemes):
+            return COMPRESSED
         if all(scheme.bits == 4 and not scheme.sym for scheme in schemes):
             return "auto_round:auto_awq"
         return "auto_round:auto_gptq"
 
-    def layout_for(self, scheme: QuantizationScheme, plan: Plan) -> Layout | None:  # noqa: ARG002
+    def layout_for(self, scheme: QuantizationScheme, plan: Plan) -> Layout | None:
         """Returns the layout of the packing_format."""
-        return LAYOUTS[LAYOUT_OF_PACKING[self.packing_for(plan)]]
+        packing = self.packing_for(plan)
+        return compressed_layout(scheme) if packing == COMPRESSED else LAYOUTS[LAYOUT_OF_PACKING[packing]]
 
     def refusals(self, plan: Plan) -> list[str]:
         """Returns what the layout cannot hold."""
-        return layout_refusals(self, plan)
+        return compressed_refusals(plan) if self.packing_for(plan) == COMPRESSED else layout_refusals(self, plan)
 
     def quantization_config(self, plan: Plan, config: RunConfig) -> dict[str, Any]:
         """Returns the keys that vLLM, SGLang and Transformers read, and those of the tuning that are not defaults."""
@@ -61,6 +67,7 @@ class AutoRoundFormat:
             "data_type": base.data_type,
             "group_size": base.group_size,
             "sym": base.sym,
+            **activation_fields(base),
         }
         described = {"iters": tune.iters, "nsamples": config.calib.nsamples, "seqlen": config.calib.seqlen}
         described |= {
@@ -104,6 +111,7 @@ def _register(name: str, summary: str, packing: str | None = None) -> None:
 _register("auto_round", "Transformers, vLLM, SGLang; the layout is chosen by scheme")
 _register("auto_round:auto_gptq", "as auto_round, GPTQ tensors (zero points stored minus one)", "auto_round:auto_gptq")
 _register("auto_round:auto_awq", "as auto_round, AWQ tensors (4 bits only)", "auto_round:auto_awq")
+_register(COMPRESSED, "as auto_round, compressed-tensors tensors: FP8, MXFP4, MXFP8, NVFP4, integers", COMPRESSED)
 _register(
     "auto_round:gptqmodel", "GPTQ tensors with zero points as they are; Transformers only", "auto_round:gptqmodel"
 )

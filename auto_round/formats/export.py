@@ -89,7 +89,8 @@ def check_not_source(folder: Path, source: WeightSource) -> None:
 
 def _in_dtype(key: str, tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
     """Returns a tensor in the precision that was asked for; codes and scales stay what their layout says."""
-    keep = dtype is None or not tensor.is_floating_point() or key.endswith(".scales")
+    packed = tensor.itemsize == 1 or key.endswith((".scales", "_scale"))
+    keep = dtype is None or not tensor.is_floating_point() or packed
     return tensor if keep else tensor.to(dtype)
 
 
