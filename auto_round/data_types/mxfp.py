@@ -89,7 +89,7 @@ class MxDataType:
 
 
 def shared_scale(peak: Tensor, element: Element) -> Tensor:
-    """Returns the specification's power of two for a group with the largest magnitude `peak`; the smallest for zeros."""
+    """Returns the specification's power of two for a group whose largest magnitude is `peak`; the least for zeros."""
     return _power(floor_log2(peak) - element.max_exponent, peak)
 
 

@@ -1,4 +1,4 @@
-"""Integer layouts of compressed-tensors: against its own packer, its decompressor, and bytes that the reference wrote."""
+"""Integer layouts of compressed-tensors: against its packer, its decompressor, and bytes that the reference wrote."""
 
 from __future__ import annotations
 

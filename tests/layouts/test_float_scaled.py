@@ -150,9 +150,9 @@ def test_nvfp4_bytes_are_those_of_the_reference(shared):
     scheme, layout = PRESET_SCHEMES["NVFP4"], LAYOUTS["nvfp4"]
     table = E2M1.decode(torch.arange(16).to(torch.uint8))
     with safe_open(folder / "model.safetensors", framework="pt") as handle:
-        stored = {key: handle.get_tensor(key) for key in handle.keys()}  # noqa: SIM118
+        stored = {key: handle.get_tensor(key) for key in handle.keys()}
     with safe_open(shared / "golden" / "tiny-llama" / "model.safetensors", framework="pt") as handle:
-        original = {key: handle.get_tensor(key) for key in handle.keys()}  # noqa: SIM118
+        original = {key: handle.get_tensor(key) for key in handle.keys()}
     layers = [key.removesuffix(".weight_packed") for key in stored if key.endswith(".weight_packed")]
     assert len(layers) == 28
     for layer in layers:
