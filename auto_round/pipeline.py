@@ -22,6 +22,7 @@ from auto_round.blocks import Block, BlockStream
 from auto_round.calibration import CalibrationSet, load_calibration
 from auto_round.checkpoint import CheckpointSource, ModuleSource, WeightSource, resolve_folder
 from auto_round.config import RunConfig, parse_formats
+from auto_round.data_types.activations import stored_peak
 from auto_round.device import compute_device, compute_dtype
 from auto_round.errors import ConfigError
 from auto_round.formats import FormatTarget, export, verify
@@ -144,7 +145,7 @@ def quantize(session: Session, work: Path) -> RunStore:
     for warning in plan.warnings:
         logger.warning("%s", warning)
     data = None
-    if config.tune.needs_calibration or plan.needs_calibration or config.scheme.static_kv_dtype:
+    if config.tune.needs_calibration or plan.needs_calibration:
         calib = config.calib
         data = load_calibration(
             calib.dataset, session.tokenizer, nsamples=calib.nsamples, seqlen=calib.seqlen, seed=config.tune.seed
@@ -260,7 +261,7 @@ def _tune_block(session: Session, stream: BlockStream, block: Block, targets_NTH
 
 def _with_cache_scales(session: Session, stream: BlockStream, block: Block, result: BlockResult) -> BlockResult:
     """Returns the result with scales for an FP8 key/value cache, if they were asked for."""
-    if session.config.scheme.static_kv_dtype is None:
+    if not session.plan.has_cache_scales:
         return result
     quantized = with_input_quantizers(block, quantizers_of(result))
     scales = cache_scales(quantized, stream.quantized, stream.batches(), _replaced(session, block, result))
@@ -305,7 +306,8 @@ def _round_outside(session: Session, store: RunStore, head_inputs: Tensor | None
             quantized = round_searched(weight, entry.scheme, seen)
         activation = entry.scheme.activation
         if activation is not None and activation.needs_calibration:
-            quantized = dataclasses.replace(quantized, input_peak=peak)
+            assert peak is not None  # such schemes are calibrated
+            quantized = dataclasses.replace(quantized, input_peak=stored_peak(peak, entry.scheme))
         weights[name] = quantized.to("cpu")
     store.save(HEAD_BLOCK, BlockResult(weights))
 
@@ -321,7 +323,7 @@ def _open_store(work: Path, session: Session, data: CalibrationSet | None) -> Ru
         "model": _model_identity(session.source),
         "weights": {name: entry.scheme.to_dict() for name, entry in session.plan.quantized().items()},
         "groups": [list(group) for group in session.plan.groups],
-        "static_kv_dtype": session.config.scheme.static_kv_dtype,
+        "cache_scales": session.plan.has_cache_scales,
         "tune": dataclasses.asdict(session.config.tune) if data is not None else {"iters": 0, "disable_opt_rtn": True},
         "calibration": None if data is None else _data_identity(data),
         "world_size": distributed.world_size(),

@@ -104,6 +104,11 @@ class RunStore:
         except SafetensorError as error:
             raise CheckpointError(f"{self._file(block)} is damaged ({error}). Remove it; --resume redoes it") from error
 
+    def cache_scales(self, block: str) -> dict[str, Tensor]:
+        """Returns only the scales of an FP8 key/value cache of a finished block."""
+        with safe_open(self._file(block), framework="pt") as handle:
+            return _ending(handle, "|cache_scale")
+
     def plain(self, block: str) -> dict[str, Tensor]:
         """Returns only the tuned 16-bit values of a finished block; its codes stay packed on disk.
 

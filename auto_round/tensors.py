@@ -64,8 +64,8 @@ class QuantizedTensor:
         zero_point: (O, G) uint8 on the grid of codes; None when symmetric, or where codes are no integers.
         scheme: the scheme, with the group size that was really used.
         global_scale: () float32 that scales were multiplied by before they were stored (NVFP4), or None.
-        input_peak: () float32, the largest magnitude of the layer's input seen in calibration; None unless activations
-            are quantized with calibrated ranges.
+        input_peak: () float32, the largest magnitude of the layer's input seen in calibration; float64 where it was
+            read back, so that the stored scale comes out of it again. None unless activations have calibrated ranges.
     """
 
     codes: Tensor

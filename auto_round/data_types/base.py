@@ -115,16 +115,21 @@ def grouped_importance(importance: Tensor | None, weight_OI: Tensor, group_size:
 
 def squares_of(importance: Tensor, grouped_OGK: Tensor) -> Tensor:
     """Returns (1, G, K) mean squares: what is given if it is that, else the diagonal of the products."""
-    if importance.shape[1:] == grouped_OGK.shape[1:]:
+    if _is_squares(importance, grouped_OGK):
         return importance
     return torch.diagonal(importance, dim1=1, dim2=2)[None]
 
 
 def weighted(importance: Tensor, values_OGK: Tensor) -> Tensor:
     """Returns (O, G, K): values times the importance of their channels; products of channels are summed over."""
-    if importance.shape[1:] == values_OGK.shape[1:]:
+    if _is_squares(importance, values_OGK):
         return importance * values_OGK
     return torch.einsum("ogk,gkl->ogl", values_OGK, importance)
+
+
+def _is_squares(importance: Tensor, grouped_OGK: Tensor) -> bool:
+    """Whether importance is (1, G, K); products (G, K, K) have another first size, or with one group another second."""
+    return importance.shape[0] == 1 and importance.shape[1] == grouped_OGK.shape[1]
 
 
 def row_pieces(grouped_OGK: Tensor) -> list[slice]:

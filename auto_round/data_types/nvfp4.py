@@ -86,7 +86,7 @@ class NvFp4DataType:
 
 def global_scale(peak: Tensor) -> Tensor:
     """Returns 448 * 6 / peak, float32; 1 for a tensor of zeros."""
-    return torch.where(peak > 0, E4M3.largest * E2M1.largest / peak.float().clamp(min=1e-30), torch.ones_like(peak))
+    return torch.where(peak > 0, E4M3.largest * E2M1.largest / peak.clamp(min=1e-30), torch.ones_like(peak)).float()
 
 
 def _stored_scale(range_: Range, params: Params) -> Tensor:

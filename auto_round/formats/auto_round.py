@@ -1,8 +1,9 @@
-"""The auto_round format: GPTQ or AWQ tensors under a config that Transformers, vLLM and SGLang read.
+"""The auto_round format: one config that Transformers, vLLM and SGLang read, above tensors of several layouts.
 
-`auto_round` picks the layout that serving engines load: `auto_round:auto_awq` when every layer is 4-bit asymmetric,
-else `auto_round:auto_gptq`. The latter stores zero points minus one; asymmetric grids here start at zero point 1, so
-2, 3 and 8 bits asymmetric are exact in it too and need no layout that only Transformers reads.
+For weights that are no integers, and for quantized activations, these are the tensors of compressed-tensors. For
+integer weights `auto_round` picks the layout that serving engines load: `auto_round:auto_awq` when every layer is 4-bit
+asymmetric, else `auto_round:auto_gptq`. The latter stores zero points minus one; asymmetric grids here start at zero
+point 1, so 2, 3 and 8 bits asymmetric are exact in it too and need no layout that only Transformers reads.
 """
 
 from __future__ import annotations
@@ -12,8 +13,9 @@ from typing import Any
 
 from auto_round import __version__
 from auto_round.config import CalibConfig, RunConfig
-from auto_round.formats.base import EXPORTERS, Container, differing_fields, head_entry, refusals
+from auto_round.formats.base import EXPORTERS, Container, activation_fields, differing_fields, head_entry, refusals
 from auto_round.formats.capability import Capability, SchemeSet
+from auto_round.formats.llm_compressor import COMPRESSED_TENSORS, compressed_layout, compressed_refusals
 from auto_round.formats.run_record import run_record
 from auto_round.layouts import LAYOUTS, Layout
 from auto_round.layouts.gptq import GptqLayout
@@ -21,6 +23,7 @@ from auto_round.plan import Plan
 from auto_round.schemes import QuantizationScheme
 
 GPTQ, AWQ, GPTQ_ZP = "auto_round:auto_gptq", "auto_round:auto_awq", "auto_round:gptqmodel"
+COMPRESSED = "auto_round:llm_compressor"
 # The third one has g_idx, as checkpoints of GPTQModel do.
 LAYOUT_OF_PACKING: dict[str, Layout] = {
     GPTQ: LAYOUTS["gptq"],
@@ -49,17 +52,22 @@ class AutoRoundFormat:
         if self.packing is not None:
             return self.packing
         schemes = [entry.scheme for entry in plan.quantized().values()]
+        if any(scheme.data_type != "int" or scheme.quantizes_activations for scheme in schemes):
+            return COMPRESSED
         if all(scheme.bits == 4 and not scheme.sym for scheme in schemes):
             return AWQ
         return GPTQ
 
-    def layout_for(self, scheme: QuantizationScheme, plan: Plan) -> Layout | None:  # noqa: ARG002
+    def layout_for(self, scheme: QuantizationScheme, plan: Plan) -> Layout | None:
         """Returns the layout of the packing_format."""
-        return LAYOUT_OF_PACKING[self.packing_for(plan)]
+        packing = self.packing_for(plan)
+        return compressed_layout(scheme) if packing == COMPRESSED else LAYOUT_OF_PACKING[packing]
 
     def refusals(self, plan: Plan) -> list[str]:
         """Returns what the layout cannot hold."""
-        return refusals(self, plan)
+        return (
+            compressed_refusals(plan, self.capability) if self.packing_for(plan) == COMPRESSED else refusals(self, plan)
+        )
 
     def warnings(self, plan: Plan) -> list[str]:  # noqa: ARG002
         """Returns nothing: all engines read the same."""
@@ -73,6 +81,7 @@ class AutoRoundFormat:
             "data_type": base.data_type,
             "group_size": base.group_size,
             "sym": base.sym,
+            **activation_fields(base),
         }
         entries |= run_record(plan, config)
         dataset = config.calib.dataset
@@ -105,7 +114,13 @@ def _register(name: str, summary: str, capability: Capability, packing: str | No
     EXPORTERS.register(name)(AutoRoundFormat(name, summary, capability, packing))
 
 
-_register("auto_round", "this package's own format, its tensors chosen by scheme", INTEGERS, None)
+EVERYTHING = dataclasses.replace(INTEGERS, schemes=(*INTEGERS.schemes, *COMPRESSED_TENSORS.schemes[1:]))
+HERE_AND_VLLM = dataclasses.replace(
+    COMPRESSED_TENSORS, loads_in="Transformers; vLLM, SGLang where they have a kernel", cache_scales=False
+)
+
+_register("auto_round", "this package's own format, its tensors chosen by scheme", EVERYTHING, None)
 _register("auto_round:auto_gptq", "the same, GPTQ tensors (zero points stored minus one)", INTEGERS, GPTQ)
 _register("auto_round:auto_awq", "the same, AWQ tensors", FOUR_BITS, AWQ)
+_register(COMPRESSED, "the same, tensors of compressed-tensors", HERE_AND_VLLM, COMPRESSED)
 _register("auto_round:gptqmodel", "the same, GPTQ tensors with zero points as they are", HERE_ONLY, GPTQ_ZP)

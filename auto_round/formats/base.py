@@ -161,7 +161,23 @@ def differing_fields(scheme: QuantizationScheme, base: QuantizationScheme) -> di
     if not scheme.is_quantized:
         return {"bits": 16}
     names = ("bits", "group_size", "sym", "data_type")
-    return {name: getattr(scheme, name) for name in names if getattr(scheme, name) != getattr(base, name)}
+    found = {name: getattr(scheme, name) for name in names if getattr(scheme, name) != getattr(base, name)}
+    return found if scheme.activation == base.activation else found | _activation_difference(scheme, base)
+
+
+def activation_fields(scheme: QuantizationScheme) -> dict[str, Any]:
+    """Returns the act_* keys of a scheme, as the configs of auto-round spell them; nothing for 16 bits."""
+    activation = scheme.activation
+    if activation is None:
+        return {}
+    fields = {"bits": activation.bits, "group_size": activation.group_size, "sym": activation.sym}
+    fields |= {"data_type": activation.data_type, "dynamic": activation.dynamic}
+    return {f"act_{name}": value for name, value in fields.items()}
+
+
+def _activation_difference(scheme: QuantizationScheme, base: QuantizationScheme) -> dict[str, Any]:
+    """Returns the act_* keys of a layer that is described by itself; 16 bits are said where the base has others."""
+    return activation_fields(scheme) or ({"act_bits": 16} if base.quantizes_activations else {})
 
 
 def head_entry(plan: Plan) -> Mapping[str, dict[str, Any]]:
@@ -174,6 +190,7 @@ def head_entry(plan: Plan) -> Mapping[str, dict[str, Any]]:
             "group_size": scheme.group_size,
             "sym": scheme.sym,
             "data_type": scheme.data_type,
+            **_activation_difference(scheme, plan.base),
         }
     return found
 

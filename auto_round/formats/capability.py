@@ -23,6 +23,9 @@ FLAGS = {
 }
 
 
+NO_CACHE_SCALES = "cannot store scales of an FP8 key/value cache. Leave out --static_kv_dtype"
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class Mismatch:
     """One reason why a layer cannot be held.
@@ -126,6 +129,7 @@ class Capability:
         outside: whether other layers outside the blocks may be.
         partial_groups: whether the last group of a row may be shorter.
         transposed: whether layers whose weight is stored (in, out) are held, as GPT-2's.
+        cache_scales: whether calibrated scales of an FP8 key/value cache have a place.
         in_multiple, out_multiple: what in and out features must be multiples of.
     """
 
@@ -137,6 +141,7 @@ class Capability:
     outside: bool = False
     partial_groups: bool = False
     transposed: bool = True
+    cache_scales: bool = False
     in_multiple: int = 1
     out_multiple: int = 1
 
@@ -166,6 +171,8 @@ class Capability:
             f"cannot store {reason} for {counted(entries)}. {_advice(mismatch, entries, plan)}"
             for reason, (mismatch, entries) in grouped.items()
         ]
+        if plan.has_cache_scales and not self.cache_scales:
+            texts.append(NO_CACHE_SCALES)
         return texts + [text for field in self.uniform if (text := _disagreement(field, held))]
 
     def describe(self) -> dict[str, str]:

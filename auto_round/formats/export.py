@@ -62,6 +62,8 @@ def export(
             dtype = _torch_dtype(copied_dtype(exporter, plan, keys[key], asked))
             for stored_key, tensor in _exported(exporter, plan, key, keys[key], source, result, dtype).items():
                 writer.add(stored_key, tensor)
+        for scale_name, scale in result.cache_scales.items():
+            writer.add(scale_name, scale)
     for stored_key, tensor in _untied_head(exporter, plan, source, store, _torch_dtype(asked)).items():
         writer.add(stored_key, tensor)
     writer.close()

@@ -34,9 +34,9 @@ class FakeFormat:
         """Returns None: weights are written dequantized."""
         return None
 
-    def refusals(self, plan: Plan) -> list[str]:  # noqa: ARG002
-        """Returns nothing: every plan fits."""
-        return []
+    def refusals(self, plan: Plan) -> list[str]:
+        """Returns only a reason against scales of a cache: every plan for weights fits."""
+        return self.capability.refusals(plan)
 
     def warnings(self, plan: Plan) -> list[str]:  # noqa: ARG002
         """Returns nothing: all engines read the same."""

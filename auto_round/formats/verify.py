@@ -90,6 +90,8 @@ def verify(
     started = time.monotonic()
     written = WrittenCheckpoint(folder)
     expected = expected_tensors(exporter, plan, source, config)
+    scales = {name: scale for block in store.finished() for name, scale in store.cache_scales(block).items()}
+    expected = dataclasses.replace(expected, specs={**expected.specs, **_specs_of(scales)})
     dropped = {key: why for key, why in expected.droppable.items() if key not in written.specs}
     problems = [*written.problems, *_account(expected, written, dropped)]
     intact = {key for key, spec in expected.specs.items() if written.specs.get(key) == spec}
@@ -100,6 +102,10 @@ def verify(
         outcome = check_logits(written, expected.weights, plan.structure.blocks, config)
     problems += _different_layers(layers, written, plan, store)
     problems += _different_copies(copies, expected, written, source, store)
+    same = {name for name in intact & scales.keys() if torch.equal(scales[name], written.read(name))}
+    problems += listed(
+        "scales of the key/value cache that differ from the measured ones", intact & scales.keys() - same
+    )
     problems += outcome.problems
     if problems:
         raise VerificationError(_report(folder, problems))
@@ -145,6 +151,10 @@ def expected_tensors(exporter: Exporter, plan: Plan, source: WeightSource, confi
     droppable = {key: "no part of the model" for key in source.ignored()}
     droppable |= {key: "tied" for key, name in copies.items() if name in twins}
     return Expected(weights, copies, specs, droppable, tied)
+
+
+def _specs_of(tensors: Mapping[str, Tensor]) -> dict[str, TensorSpec]:
+    return {name: TensorSpec.of(tensor) for name, tensor in tensors.items()}
 
 
 def _tied(source: WeightSource, quantized: set[str]) -> tuple[tuple[str, ...], set[str]]:

@@ -130,7 +130,7 @@ def error_of_output(weight: torch.Tensor, products: torch.Tensor, scheme: Quanti
 @pytest.mark.parametrize(
     "scheme", [s for schemes in SCHEMES.values() for s in schemes if s.group_size in (16, 32)], ids=str
 )
-@pytest.mark.parametrize("groups", [1, 3])
+@pytest.mark.parametrize("groups", [1, 3, 16, 32])  # 16 and 32: as many groups as channels in one
 def test_products_of_channels_lower_the_error_of_the_output(scheme, groups):
     """Channels that move together: what one rounds up another can make good, which mean squares do not tell."""
     size = scheme.group_size

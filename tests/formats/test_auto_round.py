@@ -83,10 +83,13 @@ def test_one_scale_for_a_whole_tensor_is_refused(name, make_plan):
     assert "14 layers" in reason
 
 
-def test_quantized_activations_are_refused(make_plan):
-    plan, _ = make_plan(act_bits=8)
-    (reason,) = EXPORTERS["auto_round"].refusals(plan)
+def test_quantized_activations_are_for_the_tensors_of_compressed_tensors(make_plan):
+    plan, config = make_plan(act_bits=8, act_group_size=-1)
+    (reason,) = EXPORTERS[GPTQ].refusals(plan)
     assert "act_bits=8 (only 16)" in reason
+    assert EXPORTERS["auto_round"].refusals(plan) == []
+    written = EXPORTERS["auto_round"].quantization_config(plan, config)
+    assert written["packing_format"] == "auto_round:llm_compressor"
 
 
 def test_the_config_says_what_differs_from_the_defaults_only(make_plan):
