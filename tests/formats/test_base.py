@@ -14,6 +14,9 @@ OUT = Path("out")
 BASE = QuantizationScheme(bits=4, group_size=32)
 
 
+OTHER_NAMES = {"qdq": "fake", "llmcompressor": "llm_compressor"}
+
+
 def plan_of(model, **options):
     return resolve(discover(model), SchemeConfig(**{"group_size": 32, **options}))
 
@@ -21,8 +24,8 @@ def plan_of(model, **options):
 def test_every_registered_format_describes_itself():
     for name, exporter in EXPORTERS.items():
         assert exporter.summary
-        assert exporter.name == name or name == "qdq"  # another name of fake
-    assert EXPORTERS["qdq"] is EXPORTERS["fake"]
+        assert exporter.name == name or name in OTHER_NAMES
+    assert all(EXPORTERS[other] is EXPORTERS[name] for other, name in OTHER_NAMES.items())
 
 
 def test_one_format_goes_into_the_output_folder_itself():
@@ -66,12 +69,12 @@ def test_several_formats_that_are_gone_are_reported_together():
 
 
 def test_reasons_of_all_formats_are_reported_together(make_model):
-    plan = plan_of(make_model(), bits=3, act_bits=8)
+    plan = plan_of(make_model(), bits=3, act_bits=8, act_dynamic=False, act_group_size=0)
     with pytest.raises(UnsupportedError) as error:
         check(plan, [EXPORTERS["auto_round:auto_awq"], EXPORTERS["auto_round"], EXPORTERS["fake"]])
     lines = str(error.value).splitlines()
     assert any(line.startswith("auto_round:auto_awq: cannot store bits=3") for line in lines)
-    assert any(line.startswith("auto_round: cannot store act_bits=8") for line in lines)
+    assert any(line.startswith("auto_round: cannot store activations int8 per tensor static") for line in lines)
     assert "auto_round: this holds everything that was asked: --format fake" in lines
     assert not any(line.startswith("fake") for line in lines)
 
