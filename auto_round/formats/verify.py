@@ -19,7 +19,7 @@ from torch import Tensor
 from auto_round.checkpoint import WeightSource
 from auto_round.config import MODEL_DTYPES, RunConfig
 from auto_round.errors import VerificationError
-from auto_round.formats.base import Exporter
+from auto_round.formats.base import Exporter, copied_dtype
 from auto_round.formats.export import HEAD_BLOCK
 from auto_round.formats.finite_logits import LogitsOutcome, check_logits
 from auto_round.formats.written import TensorSpec, WrittenCheckpoint, WrittenWeight, listed
@@ -145,8 +145,9 @@ def expected_tensors(exporter: Exporter, plan: Plan, source: WeightSource, confi
         if name not in quantized:
             copies[key] = name
             tensor = source.read(key)
-            spec = TensorSpec.of(tensor)
-            specs[key] = dataclasses.replace(spec, dtype=asked) if asked and tensor.is_floating_point() else spec
+            spec, written_in = TensorSpec.of(tensor), copied_dtype(exporter, plan, name, asked)
+            change = written_in is not None and tensor.is_floating_point()
+            specs[key] = dataclasses.replace(spec, dtype=written_in) if change else spec
     tied, twins = _tied(source, set(quantized))
     droppable = {key: "no part of the model" for key in source.ignored()}
     droppable |= {key: "tied" for key, name in copies.items() if name in twins}

@@ -67,7 +67,14 @@ def export_model(make_model: Callable[..., Any], tmp_path: Path) -> Callable[...
                     parameter.data.normal_(0, 0.1)
         made.save_pretrained(original)
         save_tokenizer(original)
-        defaults = {"iters": 0, "disable_opt_rtn": True, "group_size": 32, "device": "cpu", "work_dir": tmp_path / "w"}
+        defaults = {
+            "iters": 0,
+            "disable_opt_rtn": True,
+            "group_size": 32,
+            "device": "cpu",
+            "verify": False,
+            "work_dir": tmp_path / "w",
+        }
         config = RunConfig.from_options(
             **{**defaults, "model": str(original), "output_dir": str(folder), "format": name, **options}
         )
