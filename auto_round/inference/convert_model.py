@@ -6,6 +6,8 @@ their buffers by name, `post_init` makes the kernels.
 
 from __future__ import annotations
 
+import functools
+import logging
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -17,8 +19,10 @@ from transformers.pytorch_utils import Conv1D
 from auto_round.errors import CheckpointError, UnsupportedError
 from auto_round.inference.config import CheckpointConfig, read_config
 from auto_round.inference.layer import LayerSpec, QuantizedLinear
-from auto_round.inference.select import select_backends
+from auto_round.inference.select import AUTO, hint, kernel_for, select_backends
 from auto_round.layouts import LAYOUTS
+
+logger = logging.getLogger(__name__)
 
 ACCELERATORS = ("cuda", "xpu", "hpu", "mps")
 
@@ -53,9 +57,15 @@ def convert_hf_model(model: nn.Module, target_device: str = "cpu") -> tuple[nn.M
     specs = _layer_specs(model, config, target_device)
     _check(model, specs, config)
     backends = select_backends(specs, config.backend)
+    better = hint(specs, backends) if config.backend == AUTO else None
+    if better:
+        logger.warning(better)
+    # For layers that are moved or cast later.
+    choose_kernel = functools.partial(kernel_for, name=config.backend)
     for spec in specs:
         device = model.get_submodule(spec.name).weight.device
-        model.set_submodule(spec.name, QuantizedLinear(spec, backends[spec.name].prepare, device))
+        layer = QuantizedLinear(spec, backends[spec.name].prepare, device, choose_kernel)
+        model.set_submodule(spec.name, layer)
     counts = Counter(backend.name for backend in backends.values())
     return model, [name for name, _ in counts.most_common()]
 

@@ -178,14 +178,21 @@ def test_bfloat16_on_a_cpu_uses_a_faster_backend_that_agrees(make_checkpoint, bl
     assert plain.hf_quantizer.used_backends == ["auto_round:torch"]
     assert fast.hf_quantizer.used_backends != ["auto_round:torch"]
     exact = logits(checkpoint.dense, checkpoint.ids)
-    error = [float((logits(model, checkpoint.ids).float() - exact).norm()) for model in (fast, plain)]
-    assert error[0] < 1.5 * error[1]
+    # Eight tokens are served in bfloat16, twenty with activations of 8 bits, whose error is about twice as large.
+    for ids, ratio in ((checkpoint.ids[:, :8], 1.5), (checkpoint.ids, 3)):
+        expected = exact[:, : ids.shape[1]]
+        error = [float((logits(model, ids).float() - expected).norm()) for model in (fast, plain)]
+        assert error[0] < ratio * error[1]
 
 
 @pytest.mark.parametrize(
     ("backend", "error", "text"),
     [
-        ("torch_cpu_int4", UnsupportedError, r"cannot run 14 of the layers: .*dtype=float32 \(only bfloat16\)"),
+        (
+            "torch_cpu_int4",
+            UnsupportedError,
+            r"cannot run 14 of the layers: .*dtype=float32 \(only bfloat16, float16\)",
+        ),
         ("tortch", ConfigError, r"unknown backend 'tortch'\. Did you mean 'torch'"),
     ],
 )

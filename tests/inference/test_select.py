@@ -36,7 +36,7 @@ def test_a_named_backend_that_refuses_says_why_for_how_many_layers():
     with pytest.raises(UnsupportedError) as caught:
         select_backends([UP, EIGHT, more], "torch_cpu_int4")
     message = str(caught.value)
-    assert message.startswith("backend 'torch_cpu_int4' cannot run 2 of the layers: bits=8 (only 4) ")
+    assert message.startswith("backend 'torch_cpu_int4' cannot run 2 of the layers: bits=8 (only 2, 3, 4) ")
     assert "(2 layers, e.g. model.layers.0.down). Use backend='auto'. These can run all layers: " in message
     assert "auto_round:torch" in message
 
