@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from auto_round.errors import CheckpointError, UnsupportedError
@@ -84,6 +84,9 @@ def post_init(model: nn.Module, used_backends: Sequence[str]) -> None:  # noqa: 
     for layer in _quantized_layers(model):
         if layer.qweight.is_meta:
             raise UnsupportedError(f"{layer.spec.name} was offloaded to disk; load with offload_buffers=False")
+        if layer.spec.group_index and _is_loaded(layer.qweight) and not _is_loaded(layer.g_idx):
+            # Else memory that was another layer's index before would be taken for the one of this layer.
+            layer.g_idx.fill_(-1)
         layer.settle()
         layer.prepare()
 
@@ -171,6 +174,11 @@ def _quantized_layers(model: nn.Module) -> list[QuantizedLinear]:
     return [module for module in model.modules() if isinstance(module, QuantizedLinear)]
 
 
+def _is_loaded(tensor: Tensor) -> bool:
+    """Whether Transformers marked a tensor as filled from the checkpoint."""
+    return hasattr(tensor, "_is_hf_initialized")
+
+
 def _check_loaded(model: nn.Module) -> None:
     """Raises CheckpointError if Transformers left tensors uninitialised.
 
@@ -180,7 +188,7 @@ def _check_loaded(model: nn.Module) -> None:
     if getattr(model, "hf_device_map", None) and len(set(model.hf_device_map.values())) > 1:
         return
     loaded = {
-        f"{layer.spec.name}.{name}": hasattr(tensor, "_is_hf_initialized")
+        f"{layer.spec.name}.{name}": _is_loaded(tensor)
         for layer in _quantized_layers(model)
         for name, tensor in layer.named_buffers(recurse=False)
         if name != "g_idx"

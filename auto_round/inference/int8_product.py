@@ -46,7 +46,8 @@ def quantize_activations(x_MI: Tensor, group_size: int) -> tuple[Tensor, Tensor]
     """Returns (G, M, K) int8 and the (G, M, 1) float32 steps they are multiples of."""
     grouped_GMK = x_MI.unflatten(1, (-1, group_size)).transpose(0, 1).float().contiguous()
     largest_GM1 = grouped_GMK.abs().amax(dim=-1, keepdim=True).clamp_(min=SMALLEST)
-    return grouped_GMK.mul_(LARGEST / largest_GM1).round_().to(torch.int8), largest_GM1.div_(LARGEST)
+    codes_GMK = (grouped_GMK * (LARGEST / largest_GM1)).round_().to(torch.int8)
+    return codes_GMK, largest_GM1.div_(LARGEST)
 
 
 def int8_linear(x_MI: Tensor, tiles: Sequence[Tile], scale_GO: Tensor, zero_GO: Tensor | None = None) -> Tensor:
