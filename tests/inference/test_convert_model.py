@@ -270,7 +270,7 @@ def test_fused_experts_are_refused(write_config):
 
 def test_conv1d_layers_are_swapped_with_their_features_transposed(write_config):
     config = GPT2Config(n_embd=64, n_layer=1, n_head=2, vocab_size=32)
-    config.quantization_config = write_config(block_name_to_quantize="transformer.h", group_size=32)
+    config.quantization_config = write_config(block_name_to_quantize="transformer.h", group_size=32, backend="torch")
     with torch.device("meta"):
         model = GPT2LMHeadModel(config)
     model, backends = convert_hf_model(model, "cpu")

@@ -1,10 +1,10 @@
 """Backends "ark" and "ark_xpu": the kernels of Intel's auto-round-lib (`import auto_round_kernel`), 2, 4 and 8 bits.
 
-On an Intel CPU with VNNI or AMX the library rounds activations to 8 bits for each token and group (relative error
-0.006) and is the fastest there. Everywhere else, and for asymmetric weights of 8 bits, it has exact float32 kernels; on
-processors of other makers these are AVX2 code, slower than a bfloat16 layer from 8 tokens on. It chooses by itself:
-asking for float32 on an Intel CPU makes it 3 to 4 times slower, so it is not asked. XPU (Intel GPUs, symmetric only) is
-declared after the library's own sources and was not run.
+For 16-bit activations the library chooses ("auto"). On an Intel CPU with VNNI or AMX it rounds them to 8 bits for each
+token and group (relative error 0.006), which is 3 to 4 times faster than its exact kernels and the fastest there is.
+Everywhere else, and for asymmetric weights of 8 bits, it computes in float32; on processors of other makers with AVX2
+code, slower than a bfloat16 layer from 8 tokens on. A model in float32 is always computed exactly. XPU (Intel GPUs,
+symmetric only) is declared after the library's own sources and was not run.
 
 Memory: a CPU layer holds only the library's packing, the weight's bits and a float32 scale a group.
 
@@ -87,8 +87,10 @@ class ArkKernel(nn.Module):
 
     def _settings(self) -> tuple[int, str, str, str, bool]:
         """Returns group size, type of the computation, of codes and of scales, and whether there are zero points."""
-        is_xpu, scheme = self.spec.device == "xpu", self.spec.scheme
-        compute, scales = ("int8", "fp16") if is_xpu else ("auto", "fp32")
+        scheme = self.spec.scheme
+        compute, scales = "fp32" if self.spec.dtype == torch.float32 else "auto", "fp32"
+        if self.spec.device == "xpu":
+            compute, scales = "int8", "fp16"
         return self.spec.group_size, compute, f"int{scheme.bits}", scales, not scheme.sym
 
 
