@@ -4,7 +4,7 @@ from auto_round import report
 from auto_round.calibration import DATASETS
 from auto_round.config import RunConfig
 from auto_round.formats import EXPORTERS
-from auto_round.inference.backends import BACKENDS
+from auto_round.inference.backends import all_backends
 from auto_round.models import discover
 from auto_round.plan import resolve
 from auto_round.schemes import PRESET_SCHEMES
@@ -20,7 +20,7 @@ def test_columns_are_as_wide_as_their_widest_cell():
         (report.describe_formats, list(EXPORTERS)),
         (report.describe_schemes, list(PRESET_SCHEMES)),
         (report.describe_datasets, [name for name, _ in DATASETS.items()]),
-        (report.describe_backends, [name for name, _ in BACKENDS.items()]),
+        (report.describe_backends, [backend.name for backend in all_backends()]),
     ],
     ids=["formats", "schemes", "datasets", "backends"],
 )
