@@ -18,6 +18,9 @@ DEFAULT_TASKS = (
 )
 
 
+EXACT_BACKEND = "auto_round:torch"
+
+
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class EvalSettings:
     """How a model folder is measured.
@@ -81,12 +84,20 @@ def perplexity(model: Any, windows_NT: Tensor, *, batch_size: int = 8) -> float:
 
 
 def load_for_evaluation(model: str | Path, settings: EvalSettings) -> Any:
-    """Returns a model folder loaded through Transformers."""
-    from transformers import AutoModelForCausalLM
+    """Returns a model folder loaded through Transformers.
+
+    On a CPU a quantized one is computed exactly: faster backends round activations to 8 bits, and the figures are to
+    say what the rounding of weights costs.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     where = compute_device(settings.device)
+    config = AutoConfig.from_pretrained(model, trust_remote_code=settings.trust_remote_code)
+    quantization = getattr(config, "quantization_config", None)
+    if where.type == "cpu" and quantization and quantization.get("quant_method") == "auto-round":
+        quantization["backend"] = EXACT_BACKEND
     loaded = AutoModelForCausalLM.from_pretrained(
-        model, dtype="auto", device_map=where, trust_remote_code=settings.trust_remote_code
+        model, config=config, dtype="auto", device_map=where, trust_remote_code=settings.trust_remote_code
     )
     return loaded.eval()
 
