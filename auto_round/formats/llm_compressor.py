@@ -188,8 +188,8 @@ def _refusals_of(entry: PlanEntry) -> list[tuple[str, str]]:
     """Returns (reason, what to do) for what keeps a layer from being held."""
     scheme, shape = entry.scheme, entry.layer.shape
     if scheme.data_type != "int" and (scheme.data_type, scheme.bits) not in FLOAT_LAYOUTS:
-        known = ", ".join(f"{name}{bits}" for name, bits in FLOAT_LAYOUTS)
-        return [(f"{scheme.data_type}{scheme.bits} weights (only int2 to int8, {known})", BY_SCHEME)]
+        known = ", ".join(f"{name} {bits}" for name, bits in FLOAT_LAYOUTS)
+        return [(f"data_type={scheme.data_type} bits={scheme.bits} (only int 2 to 8, {known})", BY_SCHEME)]
     found = []
     if entry.layer.transposed:
         found.append(("weights that the model stores transposed", "Use --format auto_round or fake"))
@@ -202,10 +202,14 @@ def _refusals_of(entry: PlanEntry) -> list[tuple[str, str]]:
     if activation is not None:
         unfit = _why_not_activation(scheme, activation)
         found += [(unfit, BY_SCHEME)] if unfit else []
-        size = activation.group_size
-        if not unfit and not isinstance(scheme.group_size, tuple) and size > 0 and shape[1] % size:
+        size, said = activation.group_size, _size_along_row(scheme)
+        if not unfit and size > 0 and size != said and shape[1] % size:
             found.append((f"activations in groups of {size} for {shape[1]} inputs (only whole groups)", BY_LAYER))
     return found
+
+
+def _size_along_row(scheme: QuantizationScheme) -> int:
+    return scheme.group_size[1] if isinstance(scheme.group_size, tuple) else scheme.group_size
 
 
 def _why_not_activation(scheme: QuantizationScheme, activation: ActivationScheme) -> str | None:

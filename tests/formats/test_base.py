@@ -21,8 +21,9 @@ def plan_of(model, **options):
 def test_every_registered_format_describes_itself():
     for name, exporter in EXPORTERS.items():
         assert exporter.summary
-        assert exporter.name == name or name == "qdq"  # another name of fake
+        assert exporter.name == name or name in ("qdq", "llmcompressor")
     assert EXPORTERS["qdq"] is EXPORTERS["fake"]
+    assert EXPORTERS["llmcompressor"] is EXPORTERS["llm_compressor"]
 
 
 def test_one_format_goes_into_the_output_folder_itself():
@@ -59,10 +60,10 @@ def test_several_formats_that_are_gone_are_reported_together():
 def test_reasons_of_all_formats_are_reported_together(make_model):
     plan = plan_of(make_model(), bits=3, act_bits=8)
     with pytest.raises(UnsupportedError) as error:
-        check(plan, [EXPORTERS["auto_round:auto_awq"], EXPORTERS["auto_round"], EXPORTERS["fake"]])
+        check(plan, [EXPORTERS["auto_round:auto_awq"], EXPORTERS["auto_round:auto_gptq"], EXPORTERS["fake"]])
     lines = str(error.value).splitlines()
     assert any(line.startswith("auto_round:auto_awq: cannot store bits=3") for line in lines)
-    assert any(line.startswith("auto_round: cannot store act_bits=8") for line in lines)
+    assert any(line.startswith("auto_round:auto_gptq: cannot store act_bits=8") for line in lines)
     assert not any(line.startswith("fake") for line in lines)
 
 
@@ -78,8 +79,12 @@ def test_formats_that_hold_a_plan_pass_without_a_word(make_model):
         ({"bits": 8}, {"bits": 8}),
         ({"group_size": -1, "sym": False}, {"group_size": -1, "sym": False}),
         ({"scale_dtype": "bfloat16"}, {}),
+        (
+            {"act_bits": 8, "act_group_size": -1},
+            {"act_bits": 8, "act_group_size": -1, "act_sym": True, "act_data_type": "int", "act_dynamic": True},
+        ),
     ],
-    ids=["same", "16-bit", "bits", "group-and-sym", "scale-dtype-is-not-read"],
+    ids=["same", "16-bit", "bits", "group-and-sym", "scale-dtype-is-not-read", "activations"],
 )
 def test_fields_that_differ_are_those_that_engines_read(changes, fields):
     assert differing_fields(BASE.replace(**changes), BASE) == fields
