@@ -15,7 +15,7 @@ from typing import Any
 
 from auto_round.config import RunConfig
 from auto_round.formats.base import EXPORTERS, Container
-from auto_round.formats.capability import Capability, SchemeSet, counted
+from auto_round.formats.capability import ALL_BITS, Capability, SchemeSet, counted
 from auto_round.layouts import LAYOUTS, Layout
 from auto_round.plan import Plan, PlanEntry
 from auto_round.schemes import STATIC_GLOBAL_SCALE, ActivationScheme, QuantizationScheme
@@ -52,12 +52,12 @@ def _float_set(name: str, bits: int, group: int, act_type: set[str]) -> SchemeSe
 FP8 = SchemeSet(data_types=frozenset({"fp"}), bits=EIGHT, sym=SYM, group_sizes=NO_GROUPS, per_tensor=True)
 QUANTIZED_FP8 = dataclasses.replace(FP8, act_bits=EIGHT, act_data_types=frozenset({"fp"}))
 INT_TO_INT = SchemeSet(
-    bits=frozenset({2, 3, 4, 8}), act_bits=frozenset({4, 8}), act_data_types=frozenset({"int"}),
+    bits=ALL_BITS, act_bits=frozenset({4, 8}), act_data_types=frozenset({"int"}),
     act_group_sizes=frozenset({-1}), act_dynamic=DYNAMIC,
 )  # fmt: skip
 COMPRESSED_TENSORS = Capability(
     schemes=(
-        SchemeSet(bits=frozenset({2, 3, 4, 8})),
+        SchemeSet(bits=ALL_BITS),
         INT_TO_INT,
         dataclasses.replace(
             INT_TO_INT, bits=EIGHT, sym=SYM, group_sizes=NO_GROUPS, act_bits=EIGHT, act_group_sizes=frozenset({0}),
@@ -228,26 +228,24 @@ def ignored(plan: Plan) -> list[str]:
 
 
 def compressed_refusals(plan: Plan, capability: Capability) -> list[str]:
-    """Returns why a plan cannot be held: by what is declared, else what no declaration says of types that go together.
+    """Returns why a plan cannot be held, equal reasons joined with a layer count, each with what to do.
 
-    Equal reasons are joined with a layer count; each says what to do.
+    What no engine takes together is told in the words of its types; the rest as the capability declares it.
     """
-    texts = capability.refusals(plan)
-    if texts:
-        return texts
     grouped: dict[tuple[str, str], list[PlanEntry]] = {}
     for entry in plan.quantized().values():
         for refusal in _refusals_of(entry):
             grouped.setdefault(refusal, []).append(entry)
-    return [f"cannot store {reason} for {counted(entries)}. {advice}" for (reason, advice), entries in grouped.items()]
+    texts = [f"cannot store {reason} for {counted(entries)}. {advice}" for (reason, advice), entries in grouped.items()]
+    return texts or capability.refusals(plan)
 
 
 def _refusals_of(entry: PlanEntry) -> list[tuple[str, str]]:
     """Returns (reason, what to do) for what keeps a layer from being held."""
     scheme, shape = entry.scheme, entry.layer.shape
     if scheme.data_type != "int" and (scheme.data_type, scheme.bits) not in FLOAT_LAYOUTS:
-        known = ", ".join(f"{name}{bits}" for name, bits in FLOAT_LAYOUTS)
-        return [(f"{scheme.data_type}{scheme.bits} weights (only int2 to int8, {known})", BY_SCHEME)]
+        known = ", ".join(f"{name} {bits}" for name, bits in FLOAT_LAYOUTS)
+        return [(f"data_type={scheme.data_type} bits={scheme.bits} (only int 2 to 8, {known})", BY_SCHEME)]
     found = []
     if entry.layer.transposed:
         found.append(("weights that the model stores transposed", "Use --format auto_round or fake"))
@@ -260,10 +258,14 @@ def _refusals_of(entry: PlanEntry) -> list[tuple[str, str]]:
     if activation is not None:
         unfit = _why_not_activation(scheme, activation)
         found += [(unfit, BY_SCHEME)] if unfit else []
-        size = activation.group_size
-        if not unfit and not isinstance(scheme.group_size, tuple) and size > 0 and shape[1] % size:
+        size, said = activation.group_size, _size_along_row(scheme)
+        if not unfit and size > 0 and size != said and shape[1] % size:
             found.append((f"activations in groups of {size} for {shape[1]} inputs (only whole groups)", BY_LAYER))
     return found
+
+
+def _size_along_row(scheme: QuantizationScheme) -> int:
+    return scheme.group_size[1] if isinstance(scheme.group_size, tuple) else scheme.group_size
 
 
 def _why_not_activation(scheme: QuantizationScheme, activation: ActivationScheme) -> str | None:

@@ -74,7 +74,7 @@ def test_reasons_of_all_formats_are_reported_together(make_model):
         check(plan, [EXPORTERS["auto_round:auto_awq"], EXPORTERS["auto_round"], EXPORTERS["fake"]])
     lines = str(error.value).splitlines()
     assert any(line.startswith("auto_round:auto_awq: cannot store bits=3") for line in lines)
-    assert any(line.startswith("auto_round: cannot store act_bits=8 (only 16)") for line in lines)
+    assert any(line.startswith("auto_round: cannot store activations int8 per tensor static") for line in lines)
     assert "auto_round: this holds everything that was asked: --format fake" in lines
     assert not any(line.startswith("fake") for line in lines)
 
@@ -121,8 +121,12 @@ def test_formats_that_hold_a_plan_pass_without_a_word(make_model):
         ({"bits": 8}, {"bits": 8}),
         ({"group_size": -1, "sym": False}, {"group_size": -1, "sym": False}),
         ({"scale_dtype": "bfloat16"}, {}),
+        (
+            {"act_bits": 8, "act_group_size": -1},
+            {"act_bits": 8, "act_group_size": -1, "act_sym": True, "act_data_type": "int", "act_dynamic": True},
+        ),
     ],
-    ids=["same", "16-bit", "bits", "group-and-sym", "scale-dtype-is-not-read"],
+    ids=["same", "16-bit", "bits", "group-and-sym", "scale-dtype-is-not-read", "activations"],
 )
 def test_fields_that_differ_are_those_that_engines_read(changes, fields):
     assert differing_fields(BASE.replace(**changes), BASE) == fields
