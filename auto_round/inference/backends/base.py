@@ -30,7 +30,8 @@ class Backend:
         act_order: whether groups may be out of order (GPTQ's desc_act).
         in_multiple, out_multiple: what in and out features must be multiples of.
         requires: packages that must be installed.
-        priority: the highest that accepts a layer is chosen by "auto".
+        refuses: what the other fields cannot say: returns why a layer is not accepted, or None.
+        priority: the highest that accepts a layer is chosen by "auto"; below 0 a backend has to be named.
     """
 
     name: str
@@ -48,6 +49,7 @@ class Backend:
     in_multiple: int = 1
     out_multiple: int = 1
     requires: tuple[str, ...] = ()
+    refuses: Callable[[LayerSpec], str | None] | None = None
 
 
 BACKENDS: Registry[Backend] = Registry("backend")
@@ -85,10 +87,21 @@ def why_not(backend: Backend, spec: LayerSpec) -> str | None:
         reasons.append(f"in_features={spec.in_features} is no multiple of {backend.in_multiple}")
     if spec.out_features % backend.out_multiple:
         reasons.append(f"out_features={spec.out_features} is no multiple of {backend.out_multiple}")
+    reason = backend.refuses(spec) if backend.refuses is not None else None
+    if reason is not None:
+        reasons.append(reason)
     missing = [package for package in backend.requires if importlib.util.find_spec(package) is None]
     if missing:
         reasons.append(f"needs {', '.join(missing)} (pip install {' '.join(missing)})")
     return "; ".join(reasons) or None
+
+
+def why_not_this_gpu(spec: LayerSpec) -> str | None:
+    """Returns why kernels for NVIDIA GPUs with bfloat16 tensor cores cannot run here; None where no GPU is seen."""
+    if spec.device == "cuda" and torch.cuda.is_available():
+        if torch.version.hip or torch.cuda.get_device_capability() < (8, 0):
+            return "needs an NVIDIA GPU of compute capability 8.0 or later"
+    return None
 
 
 def _text(value: object) -> str:
