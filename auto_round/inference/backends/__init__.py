@@ -6,6 +6,7 @@ from auto_round.inference.backends import (
     torch_cpu_int4,
     torch_cuda_int4,
     torchao_intx,
+    triton_int,
 )
 from auto_round.inference.backends.base import BACKENDS, Backend, all_backends, why_not
 
@@ -18,5 +19,6 @@ __all__ = [
     "torch_cpu_int4",
     "torch_cuda_int4",
     "torchao_intx",
+    "triton_int",
     "why_not",
 ]

@@ -169,7 +169,7 @@ def test_gradients_reach_the_input(make_case, backend):
     torch.testing.assert_close(x.grad, case.weight.bfloat16().sum(0).expand(3, 64), rtol=2**-6, atol=1e-2)
 
 
-@pytest.mark.parametrize("name", ["tinygemm", "gptqmodel:marlin"])
+@pytest.mark.parametrize("name", ["triton", "tinygemm", "gptqmodel:marlin"])
 def test_kernels_for_newer_gpus_are_refused_on_older_ones(monkeypatch, name):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     scheme = QuantizationScheme(group_size=32)
