@@ -70,7 +70,20 @@ def describe_backends() -> str:
     """Returns the table of inference backends, the highest priority on this machine first."""
     from auto_round.inference.backends import all_backends
 
-    rows = [("backend", "also called", "devices", "bits", "layouts", "symmetric", "dtypes", "needs", "priority")]
+    rows = [
+        (
+            "backend",
+            "also called",
+            "devices",
+            "bits",
+            "data types",
+            "layouts",
+            "symmetric",
+            "dtypes",
+            "needs",
+            "priority",
+        )
+    ]
     for backend in all_backends():
         state = "not installed" if backend.missing() else "installed"
         rows.append(
@@ -79,6 +92,7 @@ def describe_backends() -> str:
                 ", ".join(backend.aliases),
                 ", ".join(sorted(backend.devices)),
                 ", ".join(map(str, sorted(backend.bits))),
+                ", ".join(sorted(backend.data_types)),
                 ", ".join(sorted(backend.layouts)),
                 ", ".join("yes" if sym else "no" for sym in sorted(backend.sym, reverse=True)),
                 ", ".join(sorted(SHORT_DTYPES[dtype] for dtype in map(str, backend.dtypes))),

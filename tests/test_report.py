@@ -119,6 +119,7 @@ def test_a_backend_is_described_by_what_it_declares(monkeypatch):
         "also called": "fast, quick",
         "devices": "cpu, xpu",
         "bits": "4, 8",
+        "data types": "int",
         "layouts": "awq, gptq",
         "symmetric": "yes",
         "dtypes": "bf16, fp16",

@@ -35,6 +35,8 @@ def quantize_activation(x: Tensor, scheme: ActivationScheme, peak: Tensor | None
     Args:
         peak: () float32, the calibrated largest magnitude; needed where `scheme.needs_calibration`.
     """
+    if not x.numel():  # an expert that no token went to
+        return x
     with torch.no_grad():
         rounded = ACTIVATIONS[scheme.data_type](x.detach().float(), scheme, peak).to(x.dtype)
     return x + (rounded - x).detach() if x.requires_grad else rounded

@@ -15,25 +15,18 @@ from typing import Any
 
 from transformers import AutoRoundConfig
 
-from auto_round.errors import ConfigError, UnsupportedError, nearest
+from auto_round.data_types import DATA_TYPES
+from auto_round.data_types.activations import why_not_activation
+from auto_round.errors import ConfigError, UnsupportedError
+from auto_round.inference.packing import layout_of, read_packing
 from auto_round.schemes import QuantizationScheme
 
 __all__ = ["AutoRoundConfig", "CheckpointConfig", "LayerPlan", "read_config"]
 
-# packing_format -> layout. "auto_round:gptq" and "auto_round:awq" are Transformers' names for foreign checkpoints.
-PACKING_FORMATS = {
-    "auto_round": "gptq_zp",
-    "auto_round:gptqmodel": "gptq_zp",
-    "auto_round:auto_gptq": "gptq",
-    "auto_round:gptq": "gptq",
-    "auto_round:auto_awq": "awq",
-    "auto_round:awq": "awq",
-    "auto_gptq": "gptq",
-    "auto_awq": "awq",
-}
-INT_DATA_TYPES = {"int", "int_sym", "int_asym", "int_sym_gptq"}
-GPTQ_FORMATS = {"gptq": "gptq", "gptq_v2": "gptq_zp"}
-SCHEME_KEYS = ("bits", "group_size", "sym", "data_type", "act_bits")
+# Spellings of "int" that schemes do not know.
+INT_DATA_TYPES = {"int_sym_gptq": "int"}
+ACTIVATION_KEYS = ("act_bits", "act_group_size", "act_sym", "act_data_type", "act_dynamic")
+SCHEME_KEYS = ("bits", "group_size", "sym", "data_type", *ACTIVATION_KEYS)
 # Releases before 0.5 wrote the packing into `backend`: "auto_round:gptq:exllamav2", "autoround:awq" ...
 OLD_BACKEND = re.compile(r"auto_?round:(?:auto_)?(gptq|awq)(?::.*)?")
 # A key of `extra_config` with one of these is a regular expression; a plain dot is part of a name.
@@ -47,8 +40,8 @@ class CheckpointConfig:
     """How the layers of a checkpoint are quantized.
 
     Attributes:
-        defaults: bits, group_size, sym, data_type, act_bits of a layer that nothing else is said about.
-        layout: name in the registry of layouts.
+        defaults: bits, group_size, sym, data_type, act_* of a layer that nothing else is said about.
+        packing: a layout, or a rule by which each scheme has one, see packing.py.
         backend: what the user, or the checkpoint, asks to run it with.
         blocks: prefixes of the quantized blocks; None: every numbered block of the model.
         extra_config: layer name or regular expression -> changed values; bits >= 16 leaves the layer as it is.
@@ -61,7 +54,7 @@ class CheckpointConfig:
     """
 
     defaults: Mapping[str, Any]
-    layout: str
+    packing: str
     backend: str = "auto"
     blocks: tuple[str, ...] | None = None
     extra_config: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
@@ -80,7 +73,7 @@ class CheckpointConfig:
         dynamic rules may then change or skip it.
 
         Raises:
-            UnsupportedError: a data type or activation width that cannot be run.
+            UnsupportedError: weights or activations of a kind that cannot be run.
             ConfigError: values that are no scheme.
         """
         if any(_matches(key, name) for key in self.skipped):
@@ -136,12 +129,8 @@ class CheckpointConfig:
         values.update({key: changes[key] for key in SCHEME_KEYS if changes.get(key) is not None})
         if values["bits"] >= 16:
             return None
-        if values["data_type"] not in INT_DATA_TYPES:
-            raise UnsupportedError(f"{name}: data_type={values['data_type']!r} cannot be run (only int)")
-        if values["act_bits"] < 16:
-            raise UnsupportedError(f"{name}: act_bits={values['act_bits']} cannot be run (only 16, plain activations)")
-        scheme = QuantizationScheme(bits=values["bits"], group_size=values["group_size"], sym=values["sym"])
-        return scheme, self.layout
+        scheme = _scheme(values, name)
+        return scheme, layout_of(self.packing, scheme)
 
 
 def read_config(config: Any) -> CheckpointConfig:
@@ -158,24 +147,24 @@ def read_config(config: Any) -> CheckpointConfig:
     old = OLD_BACKEND.fullmatch(backend)
     if old:
         backend = "auto"
-    layout = _layout(values, old[1] if old else None)
+    packing = read_packing(values, old[1] if old else None)
     for key in ("rotation_config", "spinquant_config"):
         if values.get(key):
             raise UnsupportedError(f"checkpoints with rotated weights ({key}) cannot be run")
     sym = values.get("sym", True)
-    if layout == "awq" and "zero_point" in values:
+    if packing == "awq" and "zero_point" in values:
         # AutoAWQ's word for "asymmetric". Transformers fills in sym=True where an AWQ config has none.
         sym = not values["zero_point"]
     defaults = {
         "bits": values.get("w_bit", values.get("bits", 4)),
-        "group_size": values.get("q_group_size", values.get("group_size", 128)),
+        "group_size": values.get("q_group_size", values.get("weight_block_size", values.get("group_size", 128))),
         "sym": sym,
         "data_type": values.get("data_type", "int"),
-        "act_bits": values.get("act_bits", 16),
+        **{key: values[key] for key in ACTIVATION_KEYS if key in values},
     }
     result = CheckpointConfig(
         defaults=defaults,
-        layout=layout,
+        packing=packing,
         backend=backend,
         blocks=_blocks(values),
         extra_config=values.get("extra_config", {}),
@@ -184,7 +173,7 @@ def read_config(config: Any) -> CheckpointConfig:
         only=tuple(_flat(values.get("modules_in_block_to_quantize", ()))),
         lm_head=bool(values.get("lm_head", False)),
         # auto-round's own configs have no desc_act, and their checkpoints no g_idx, but for one packing format.
-        group_index=layout != "awq"
+        group_index=packing in ("gptq", "gptq_zp")
         and ("desc_act" in values or values.get("packing_format") == "auto_round:gptqmodel"),
         act_order=bool(values.get("desc_act", False)) and not values.get("static_groups", False),
     )
@@ -192,28 +181,22 @@ def read_config(config: Any) -> CheckpointConfig:
     return result
 
 
-def _layout(values: Mapping[str, Any], old_packing: str | None) -> str:
-    method = str(getattr(values.get("quant_method"), "value", values.get("quant_method", "auto-round")))
-    packing = values.get("packing_format")
-    if old_packing and packing in (None, "auto_round:gptq"):
-        packing = f"auto_round:{old_packing}"
-    if packing is None:
-        packing = f"auto_round:{method}" if method in ("gptq", "awq") else "auto_round:auto_gptq"
-    if packing not in PACKING_FORMATS:
-        hint = nearest(packing, PACKING_FORMATS)
-        raise UnsupportedError(
-            f"packing_format '{packing}' cannot be loaded.{hint} Allowed: {', '.join(PACKING_FORMATS)}"
-        )
-    layout = PACKING_FORMATS[packing]
-    if layout == "awq" and str(values.get("version", "gemm")).lower() != "gemm":
-        raise UnsupportedError(f"AWQ version '{values['version']}' cannot be loaded (only gemm)")
-    if layout == "gptq" and "checkpoint_format" in values:
-        form = values["checkpoint_format"]
-        if form not in GPTQ_FORMATS:
-            known = ", ".join(GPTQ_FORMATS)
-            raise UnsupportedError(f"GPTQ checkpoint_format '{form}' cannot be loaded. Allowed: {known}")
-        layout = GPTQ_FORMATS[form]
-    return layout
+def _scheme(values: Mapping[str, Any], name: str) -> QuantizationScheme:
+    """Returns the scheme of the layer `name`; activations of 16 bits and more are left alone."""
+    data_type = INT_DATA_TYPES.get(values["data_type"], values["data_type"])
+    fields = {**values, "data_type": data_type}
+    if values.get("act_bits", 16) >= 16:
+        fields = {key: value for key, value in fields.items() if key not in ACTIVATION_KEYS}
+    scheme = QuantizationScheme.from_dict(fields)
+    if scheme.data_type not in DATA_TYPES:
+        known = ", ".join(sorted(DATA_TYPES))
+        raise UnsupportedError(f"{name}: data_type={values['data_type']!r} cannot be run (only {known})")
+    reason = None if scheme.data_type == "int" else DATA_TYPES[scheme.data_type].refuses(scheme)
+    if scheme.activation is not None:
+        reason = reason or why_not_activation(scheme.activation)
+    if reason:
+        raise UnsupportedError(f"{name}: {reason} cannot be run")
+    return scheme
 
 
 def _blocks(values: Mapping[str, Any]) -> tuple[str, ...] | None:

@@ -18,7 +18,9 @@ from transformers.pytorch_utils import Conv1D
 
 from auto_round.errors import CheckpointError, UnsupportedError
 from auto_round.inference.config import CheckpointConfig, read_config
+from auto_round.inference.input_quantization import why_no_range
 from auto_round.inference.layer import LayerSpec, QuantizedLinear
+from auto_round.inference.packing import DENSE
 from auto_round.inference.select import AUTO, hint, kernel_for, select_backends
 from auto_round.layouts import LAYOUTS
 
@@ -82,7 +84,7 @@ def post_init(model: nn.Module, used_backends: Sequence[str]) -> None:  # noqa: 
     """
     _check_loaded(model)
     for layer in _quantized_layers(model):
-        if layer.qweight.is_meta:
+        if layer.device.type == "meta":
             raise UnsupportedError(f"{layer.spec.name} was offloaded to disk; load with offload_buffers=False")
         if layer.spec.group_index and _is_loaded(layer.qweight) and not _is_loaded(layer.g_idx):
             # Else memory that was another layer's index before would be taken for the one of this layer.
@@ -144,7 +146,8 @@ def _check(model: nn.Module, specs: Sequence[LayerSpec], config: CheckpointConfi
     problems: dict[str, list[str]] = {}
     tied = set(getattr(model, "all_tied_weights_keys", None) or {})
     for spec in specs:
-        reason = LAYOUTS[spec.layout].refuses(spec.scheme, spec.shape)
+        refused = None if spec.layout == DENSE else LAYOUTS[spec.layout].refuses(spec.scheme, spec.shape)
+        reason = refused or why_no_range(spec)
         if reason:
             problems.setdefault(f"the layout {spec.layout} cannot hold {reason}", []).append(spec.name)
         if f"{spec.name}.weight" in tied:

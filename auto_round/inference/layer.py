@@ -15,9 +15,12 @@ from torch import Tensor, nn
 
 from auto_round.errors import CheckpointError
 from auto_round.inference.bit_unpack import pack_awq_columns, pack_rows
+from auto_round.inference.packing import DENSE
 from auto_round.layouts import LAYOUTS
 from auto_round.schemes import QuantizationScheme
 from auto_round.tensors import effective_group_size
+
+SCALE_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,8 +29,8 @@ class LayerSpec:
 
     Attributes:
         name: full name of the module in the model.
-        scheme: bits, group_size and sym of the weight.
-        layout: name in the registry of layouts.
+        scheme: bits, group_size, sym and data type of the weight, and how its input is quantized.
+        layout: name in the registry of layouts, or packing.DENSE.
         dtype: of the activations the model computes with.
         device: type of the device it will run on, "cpu" or "cuda".
         bias: whether there is a bias.
@@ -61,14 +64,28 @@ class LayerSpec:
 
         Scales are loaded in float32, which holds any precision a checkpoint may store them in.
         """
-        specs = LAYOUTS[self.layout].specs(self.scheme, self.shape)
-        result = {name: (shape, getattr(torch, dtype)) for name, (shape, dtype) in specs.items()}
-        result["scales"] = (result["scales"][0], torch.float32)
+        scales = self.scale_dtypes()
+        result = {
+            name: (shape, torch.float32 if name in scales else dtype) for name, (shape, dtype) in self.specs().items()
+        }
         if self.group_index:
             result["g_idx"] = ((self.in_features,), torch.int32)
         if self.bias:
             result["bias"] = ((self.out_features,), self.dtype)
         return result
+
+    def specs(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        """Returns the layout's tensor names -> (shape, dtype that it has them stored in)."""
+        if self.layout == DENSE:
+            return {"weight": (self.shape, self.dtype)}
+        specs = LAYOUTS[self.layout].specs(self.scheme, self.shape)
+        return {name: (shape, getattr(torch, dtype)) for name, (shape, dtype) in specs.items()}
+
+    def scale_dtypes(self) -> dict[str, torch.dtype]:
+        """Returns the names of tensors that are scales in plain floating point -> dtype that the layout stores."""
+        if self.layout == DENSE:
+            return {}
+        return {name: dtype for name, (_, dtype) in self.specs().items() if dtype in SCALE_DTYPES}
 
 
 class WeightKernel(nn.Module):
@@ -82,9 +99,9 @@ class WeightKernel(nn.Module):
 class QuantizedLinear(nn.Module):
     """A linear layer with a packed weight.
 
-    Buffers: the layout's tensors (`qweight`, `qzeros`, `scales`), `g_idx` and `bias` where the spec has them. They are
-    filled by the loader; then `settle` checks and arranges them and `prepare` makes the kernel. While a `WeightKernel`
-    holds the weight, `qweight` is empty.
+    Buffers: the layout's tensors (`qweight`, `qzeros`, `scales`, or `weight_packed`, `weight_scale` ...), `g_idx` and
+    `bias` where the spec has them. They are filled by the loader; then `settle` checks and arranges them and `prepare`
+    makes the kernel. While a `WeightKernel` holds the weight, `qweight` is empty.
 
     A kernel is made for one device and one dtype of activations. When the layer is moved or cast, its kernel is given
     up, and the next call makes one for what the layer has become.
@@ -118,15 +135,17 @@ class QuantizedLinear(nn.Module):
     def settle(self) -> None:
         """Arranges the loaded tensors in place; their values do not change, except for a `g_idx` that was not stored.
 
-        Scales get the narrowest dtype that holds them exactly. Packed weights are laid out so that each row of the
-        weight is contiguous (same tensor, other strides). A `g_idx` missing in the checkpoint, which Transformers 5
-        leaves uninitialised, becomes 0 0 .. 1 1 ..
+        Scales get the dtype of the layout, or else the narrowest that holds them exactly. Words packed along columns
+        are laid out so that each row of the weight is contiguous (same tensor, other strides). A `g_idx` missing in the
+        checkpoint, which Transformers 5 leaves uninitialised, becomes 0 0 .. 1 1 ..
 
         Raises:
             CheckpointError: `g_idx` is invalid although the checkpoint says it matters (desc_act).
         """
-        self.qweight = _with_contiguous_rows(self.qweight)
-        self.scales = _narrowest(self.scales)
+        if "qweight" in self._buffers:
+            self.qweight = _with_contiguous_rows(self.qweight)
+        for name, dtype in self.spec.scale_dtypes().items():
+            setattr(self, name, _narrowest(getattr(self, name), dtype))
         if self.spec.group_index and not self._has_valid_group_index():
             if self.spec.act_order:
                 raise CheckpointError(
@@ -136,6 +155,11 @@ class QuantizedLinear(nn.Module):
             self.g_idx = self.sequential_groups().to(self.g_idx)
         self._is_settled = True
 
+    @property
+    def device(self) -> torch.device:
+        """Where the tensors are."""
+        return next(self.buffers(recurse=False)).device
+
     def prepare(self) -> None:
         """Makes the kernel from the settled buffers, where they are now.
 
@@ -144,7 +168,7 @@ class QuantizedLinear(nn.Module):
         """
         self.give_up_kernel()
         if self.choose_kernel is not None:
-            self.spec = dataclasses.replace(self.spec, device=self.qweight.device.type)
+            self.spec = dataclasses.replace(self.spec, device=self.device.type)
             if self.spec != self._spec_of_kernel:
                 self.make_kernel = self.choose_kernel(self.spec)
                 self._spec_of_kernel = self.spec
@@ -160,7 +184,7 @@ class QuantizedLinear(nn.Module):
 
     def sequential_groups(self) -> Tensor:
         """Returns (I,) int64: the group of each input feature when groups follow each other."""
-        return torch.arange(self.in_features, device=self.scales.device) // self.spec.group_size
+        return torch.arange(self.in_features, device=self.device) // self.spec.group_size
 
     def has_ordered_groups(self) -> bool:
         """Whether the groups follow each other along the input."""
@@ -188,17 +212,20 @@ class QuantizedLinear(nn.Module):
         return pack_rows(codes_OI, self.spec.scheme.bits).t()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedLinear:
-        """Moves or casts the layer, but keeps the scales' precision: `model.to(torch.bfloat16)` rounds no weights."""
-        probe = fn(torch.empty(0, dtype=self.spec.dtype, device=self.scales.device))
-        casts = fn(torch.empty(0, device=self.scales.device)).dtype != torch.float32
-        if probe.device != self.scales.device or probe.dtype != self.spec.dtype:
+        """Moves or casts the layer, but keeps what is stored as it is: `model.to(torch.bfloat16)` rounds no weights."""
+        device = self.device
+        probe = fn(torch.empty(0, dtype=self.spec.dtype, device=device))
+        casts = fn(torch.empty(0, device=device)).dtype != torch.float32
+        if probe.device != device or probe.dtype != self.spec.dtype:
             self.give_up_kernel()
             self.spec = dataclasses.replace(self.spec, dtype=probe.dtype, device=probe.device.type)
-        scales = self.scales
+        kept = {} if self.spec.layout == DENSE else {name: getattr(self, name) for name in self.spec.specs()}
         # What a kernel keeps in float32 must not be cast.
         super()._apply(fn, recurse and not casts)
-        if self.scales.dtype != scales.dtype:
-            self.scales = scales.to(self.scales.device)
+        for name, tensor in kept.items():
+            moved = getattr(self, name)
+            if moved.dtype != tensor.dtype:
+                setattr(self, name, tensor.to(moved.device))
         return self
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
@@ -209,8 +236,8 @@ class QuantizedLinear(nn.Module):
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         """Loads tensors; a kernel made from those before is given up, and scales may have any precision again."""
         self.give_up_kernel()
-        if self._is_settled:
-            self.scales = self.scales.float()
+        for name in self.spec.scale_dtypes() if self._is_settled else ():
+            setattr(self, name, getattr(self, name).float())
         super()._load_from_state_dict(*args, **kwargs)
         if self._is_settled:
             self.settle()
@@ -225,8 +252,9 @@ def _with_contiguous_rows(packed: Tensor) -> Tensor:
     return packed.t().contiguous().t()
 
 
-def _narrowest(scales: Tensor) -> Tensor:
-    for dtype in (torch.float16, torch.bfloat16):
+def _narrowest(scales: Tensor, stored: torch.dtype) -> Tensor:
+    """Returns the same numbers in the dtype `stored`, or where that does not hold them in the narrowest that does."""
+    for dtype in (stored, torch.float16, torch.bfloat16):
         narrow = scales.to(dtype)
         if torch.equal(narrow.float(), scales.float()):
             return narrow

@@ -18,32 +18,74 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from auto_round.data_types.activations import quantize_activation
+from auto_round.elements import ELEMENTS
 from auto_round.inference.backends import BACKENDS
 from auto_round.inference.layer import LayerSpec, QuantizedLinear
 from auto_round.layouts import LAYOUTS
 from auto_round.schemes import QuantizationScheme
 from auto_round.tensors import QuantizedTensor, group_count
 
-PACKING = {"gptq": "auto_round:auto_gptq", "gptq_zp": "auto_round", "awq": "auto_round:auto_awq"}
+PACKING = {
+    "gptq": "auto_round:auto_gptq",
+    "gptq_zp": "auto_round",
+    "awq": "auto_round:auto_awq",
+    "fp8_flat": "auto_round:fp8_static",
+    "mxint4": "auto_round",
+}
 
 
 def random_weight(scheme: QuantizationScheme, rows: int, width: int, seed: int = 0) -> QuantizedTensor:
     rng = torch.Generator().manual_seed(seed)
+    if scheme.data_type != "int":
+        return random_float_weight(scheme, rows, width, rng)
     shape = (rows, group_count(width, scheme.group_size))
     top = 2**scheme.bits
     codes = torch.randint(0, top, (rows, width), generator=rng, dtype=torch.uint8)
     scale = (torch.randn(shape, generator=rng) * 0.1 / top).half().float()
     zero = None if scheme.sym else torch.randint(1, top, shape, generator=rng, dtype=torch.uint8)
-    return QuantizedTensor(codes, scale, zero, scheme)
+    return QuantizedTensor(codes, scale, zero, scheme, input_peak=random_peak(scheme))
+
+
+def random_float_weight(scheme: QuantizationScheme, rows: int, width: int, rng: torch.Generator) -> QuantizedTensor:
+    """Returns every code that is a number, under scales of the kind of the data type; weights of about 0.1."""
+    element = ELEMENTS[scheme.data_type, scheme.bits]
+    numbers = element.decode(torch.arange(2**scheme.bits, dtype=torch.uint8))
+    valid = torch.nonzero(numbers.abs() <= element.largest).flatten().to(torch.uint8)
+    codes = valid[torch.randint(0, len(valid), (rows, width), generator=rng)]
+    size = scheme.group_size
+    shared = {0: rows}.get(size, 1) if isinstance(size, int) else size[0]
+    shape = (-(-rows // shared), group_count(width, size))
+    exponent = torch.randint(-5, -2, shape, generator=rng).float()
+    scale = torch.exp2(exponent - element.max_exponent)
+    if not scheme.data_type.startswith("mx"):
+        scale = scale * (1 + torch.randint(0, 8, shape, generator=rng) / 8)
+    scale = scale.repeat_interleave(shared, dim=0)[:rows]
+    whole = torch.tensor(2.0**12 + 3) if scheme.data_type == "nv_fp" else None
+    scale = scale if whole is None else scale * 2.0**12
+    return QuantizedTensor(codes, scale, None, scheme, global_scale=whole, input_peak=random_peak(scheme))
+
+
+def random_peak(scheme: QuantizationScheme) -> Tensor | None:
+    """Returns a calibrated range whose stored form is exact."""
+    if scheme.activation is None or not scheme.activation.needs_calibration:
+        return None
+    return torch.tensor(127 / 64 if scheme.activation.data_type == "int" else 1.75)
+
+
+def input_quantizer(weight: QuantizedTensor) -> Callable[[Tensor], Tensor]:
+    activation, peak = weight.scheme.activation, weight.input_peak
+    return lambda x: x if activation is None else quantize_activation(x, activation, peak)
 
 
 @dataclasses.dataclass
 class Case:
-    """A layer whose tensors are loaded but not settled, and the weight and bias it stands for."""
+    """A layer whose tensors are loaded but not settled, its weight and bias, and what its input passes through."""
 
     layer: QuantizedLinear
     weight: Tensor
     bias: Tensor | None
+    quantize_input: Callable[[Tensor], Tensor]
 
     def ready(self) -> Case:
         self.layer.settle()
@@ -63,7 +105,7 @@ def make_case() -> Callable[..., Case]:
             setattr(layer, name, tensor)
         bias = torch.randn(spec.out_features).to(spec.dtype) if spec.bias else None
         layer.bias = bias
-        return Case(layer, dense, bias)
+        return Case(layer, dense, bias, input_quantizer(weight))
 
     return make
 
@@ -90,13 +132,14 @@ class Checkpoint:
 def make_checkpoint(tmp_path: Path) -> Callable[..., Checkpoint]:
     """Writes a Llama of odd widths (172 and 352 features).
 
-    `schemes(name)` gives a layer's scheme or None; `edit(tensors)` may change what is stored.
+    `schemes(name)` gives a layer's scheme or None; `layout` is a name or gives one for a scheme; `edit(tensors)` may
+    change what is stored. Inputs of layers in `dense` are quantized as their schemes say.
     """
 
     def make(
         quantization_config: dict[str, Any],
         schemes: Callable[[str], QuantizationScheme | None],
-        layout: str = "gptq",
+        layout: str | Callable[[QuantizationScheme], str] = "gptq",
         shuffled: bool = False,
         edit: Callable[[dict[str, Tensor]], Any] | None = None,
         **config: Any,
@@ -112,9 +155,12 @@ def make_checkpoint(tmp_path: Path) -> Callable[..., Checkpoint]:
             if scheme is None:
                 continue
             weight = random_weight(scheme, *module.weight.shape, seed=len(tensors))
-            values, packed = weight.dequantize(), LAYOUTS[layout].pack(weight)
+            name_of_layout = layout if isinstance(layout, str) else layout(scheme)
+            values, packed = weight.dequantize(), LAYOUTS[name_of_layout].pack(weight)
             if shuffled:
-                values, packed = shuffle(weight, layout)
+                values, packed = shuffle(weight, name_of_layout)
+            quantize = input_quantizer(weight)
+            module.register_forward_pre_hook(lambda _, inputs, quantize=quantize: quantize(*inputs))
             module.weight.data = values.contiguous()
             del tensors[f"{name}.weight"]
             tensors |= {f"{name}.{local}": tensor for local, tensor in packed.items()}
@@ -133,7 +179,7 @@ def block_scheme() -> Callable[..., Callable[[str], QuantizationScheme | None]]:
     """Returns, for scheme fields, the function that gives that scheme to each layer of the blocks."""
 
     def make(**fields: Any) -> Callable[[str], QuantizationScheme | None]:
-        scheme = QuantizationScheme(**fields)
+        scheme = QuantizationScheme.from_dict(fields)
         return lambda name: scheme if ".layers." in name else None
 
     return make
@@ -144,7 +190,8 @@ def write_config() -> Callable[..., dict[str, Any]]:
     """Returns the quantization_config that auto-round writes for a layout and scheme fields."""
 
     def make(layout: str = "gptq", **fields: Any) -> dict[str, Any]:
-        base = {"quant_method": "auto-round", "packing_format": PACKING[layout], "data_type": "int"}
+        packing = PACKING.get(layout, "auto_round:llm_compressor")
+        base = {"quant_method": "auto-round", "packing_format": packing, "data_type": "int"}
         scheme = {"bits": 4, "group_size": 128, "sym": True}
         return {**base, **scheme, "block_name_to_quantize": "model.layers", **fields}
 

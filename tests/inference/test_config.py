@@ -3,8 +3,14 @@ from transformers import AutoRoundConfig
 
 from auto_round.errors import ConfigError, UnsupportedError
 from auto_round.inference.config import read_config
+from auto_round.schemes import PRESET_SCHEMES
 
 UP = "model.layers.1.mlp.up_proj"
+INT8 = {"bits": 8, "group_size": -1, "act_bits": 8, "act_data_type": "int", "act_group_size": -1, "act_sym": True}
+MXFP4 = {
+    "bits": 4, "group_size": 32, "data_type": "mx_fp", "act_bits": 4, "act_data_type": "mx_fp", "act_group_size": 32,
+    "act_sym": True, "act_dynamic": True, "packing_format": "auto_round:llm_compressor",
+}  # fmt: skip
 
 
 def resolved(name, **values):
@@ -14,22 +20,6 @@ def resolved(name, **values):
 def describe(name, **values):
     plan = resolved(name, **values)
     return None if plan is None else (plan[0].bits, plan[0].group_size, plan[0].sym, plan[1])
-
-
-@pytest.mark.parametrize(
-    ("packing", "layout"),
-    [
-        (None, "gptq"),
-        ("auto_round", "gptq_zp"),
-        ("auto_round:gptqmodel", "gptq_zp"),
-        ("auto_round:auto_gptq", "gptq"),
-        ("auto_round:gptq", "gptq"),
-        ("auto_round:auto_awq", "awq"),
-        ("auto_round:awq", "awq"),
-    ],
-)
-def test_each_packing_format_has_its_layout(packing, layout):
-    assert resolved(UP, packing_format=packing)[1] == layout
 
 
 @pytest.mark.parametrize(
@@ -175,7 +165,7 @@ def test_group_index_is_expected_of_gptq_checkpoints(values, group_index, act_or
 
 
 @pytest.mark.parametrize(
-    ("backend", "expected", "layout"),
+    ("backend", "expected", "packing"),
     [
         ("torch", "torch", "gptq"),
         ("auto_round:gptq:exllamav2", "auto", "gptq"),
@@ -183,9 +173,9 @@ def test_group_index_is_expected_of_gptq_checkpoints(values, group_index, act_or
         ("auto_round:torch", "auto_round:torch", "gptq"),
     ],
 )
-def test_a_packing_in_the_backend_field_of_old_checkpoints_is_understood(backend, expected, layout):
+def test_a_packing_in_the_backend_field_of_old_checkpoints_is_understood(backend, expected, packing):
     config = read_config(AutoRoundConfig(backend=backend))
-    assert (config.backend, config.layout) == (expected, layout)
+    assert (config.backend, config.packing) == (expected, packing)
 
 
 def test_names_are_also_known_as_transformers_renames_them():
@@ -195,28 +185,55 @@ def test_names_are_also_known_as_transformers_renames_them():
     assert config.resolve("model.visual.blocks.1.qkv")[0].bits == 4
 
 
+@pytest.mark.parametrize("name", ["FP8_STATIC", "MXFP4", "MXFP8_RCEIL", "NVFP4", "INT8_W8A8", "W4A8", "MXINT4"])
+def test_the_scheme_is_the_preset_that_the_config_was_written_from(name):
+    scheme = PRESET_SCHEMES[name]
+    values = {key: value for key, value in scheme.to_dict().items() if value is not None and key != "scale_dtype"}
+    found, _ = resolved(UP, packing_format="auto_round:llm_compressor", **values)
+    assert found == scheme
+
+
+@pytest.mark.parametrize(
+    ("values", "group_size"),
+    [
+        ({"group_size": [128, 64]}, (128, 64)),
+        ({"group_size": 64, "weight_block_size": [128, 64]}, (128, 64)),
+        ({"group_size": -1, "extra_config": {r".*layers.*": {"group_size": [128, 64]}}}, (128, 64)),
+        ({"group_size": -1, "extra_config": {r".*layers.*": {"group_size": 0}}}, 0),
+    ],
+    ids=["list", "weight_block_size", "list by regex", "per tensor by regex"],
+)
+def test_blocks_and_whole_tensors_are_understood(values, group_size):
+    scheme, layout = resolved(UP, bits=8, data_type="fp", packing_format="auto_round:fp8", **values)
+    assert (scheme.group_size, layout) == (group_size, "fp8_flat")
+
+
+def test_activations_of_16_bits_are_left_alone_whatever_else_is_said_of_them():
+    scheme, _ = resolved(UP, **{**MXFP4, "act_bits": 16})
+    assert scheme.activation is None
+    scheme, _ = resolved(UP, **{**MXFP4, "act_bits": None})
+    assert scheme.activation is None
+
+
+def test_a_layer_may_have_other_activations_and_another_layout():
+    extra = {UP: {"bits": 8, "act_bits": 8}, r".*down_proj": {"bits": 8, "act_bits": 16, "data_type": "int"}}
+    up, down, other = (
+        resolved(f"model.layers.1.mlp.{name}", **MXFP4, extra_config=extra)
+        for name in ("up_proj", "down_proj", "gate_proj")
+    )
+    assert (up[1], up[0].activation.bits, up[0].activation.group_size) == ("mxfp8", 8, 32)
+    assert (down[1], down[0].activation) == ("ct_packed", None)
+    assert (other[1], other[0].activation.bits) == ("mxfp4", 4)
+
+
 @pytest.mark.parametrize(
     ("values", "error", "text"),
     [
-        (
-            {"packing_format": "auto_round:auto_gptk"},
-            UnsupportedError,
-            r"packing_format 'auto_round:auto_gptk' cannot be loaded\. Did you mean 'auto_round:auto_gptq'\? Allowed: ",
-        ),
-        (
-            {"packing_format": "auto_round:fp8"},
-            UnsupportedError,
-            "packing_format 'auto_round:fp8'.*Allowed: auto_round,",
-        ),
-        ({"quant_method": "awq", "version": "gemv"}, UnsupportedError, r"AWQ version 'gemv' .* \(only gemm\)"),
-        (
-            {"quant_method": "gptq", "checkpoint_format": "marlin"},
-            UnsupportedError,
-            "GPTQ checkpoint_format 'marlin' cannot be loaded. Allowed: gptq, gptq_v2",
-        ),
         ({"rotation_config": {"kind": "hadamard"}}, UnsupportedError, r"rotated weights \(rotation_config\)"),
-        ({"data_type": "mx_fp"}, UnsupportedError, r"up_proj: data_type='mx_fp' cannot be run \(only int\)"),
-        ({"act_bits": 8}, UnsupportedError, r"up_proj: act_bits=8 cannot be run \(only 16"),
+        ({"data_type": "nvfp4_v2"}, UnsupportedError, r"up_proj: data_type='nvfp4_v2' cannot be run \(only fp, "),
+        ({"data_type": "mx_fp"}, UnsupportedError, r"up_proj: group_size=128 \(MX has groups of 32\) cannot be run"),
+        ({"act_bits": 6}, UnsupportedError, r"up_proj: act_bits=6 .* \(only 4, 8\) cannot be run"),
+        ({**INT8, "act_dynamic": False}, UnsupportedError, r"up_proj: act_group_size=-1 with calibrated ranges"),
         ({"bits": 9}, ConfigError, "bits=9"),
         ({"extra_config": {"*.up": {"bits": 8}}}, ConfigError, r"'\*\.up' in the quantization_config is no regular"),
     ],

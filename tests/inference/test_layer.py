@@ -7,7 +7,8 @@ from torch.nn import functional as F
 from auto_round.errors import CheckpointError
 from auto_round.inference.backends.torch_any import unpack_codes
 from auto_round.inference.layer import LayerSpec, WeightKernel
-from auto_round.schemes import QuantizationScheme
+from auto_round.inference.packing import DENSE
+from auto_round.schemes import PRESET_SCHEMES, QuantizationScheme
 
 
 def spec_of(**fields):
@@ -26,6 +27,45 @@ def test_buffers_have_the_names_and_shapes_of_the_layout():
         "g_idx": ((96,), torch.int32),
         "bias": ((32,), torch.bfloat16),
     }
+
+
+@pytest.mark.parametrize(
+    ("scheme", "layout", "expected"),
+    [
+        (
+            "FP8_STATIC",
+            "fp8",
+            {
+                "weight": ((32, 96), torch.float8_e4m3fn),
+                "weight_scale": ((32, 1), torch.float32),
+                "input_scale": ((1,), torch.float32),
+            },
+        ),
+        (
+            "NVFP4",
+            "nvfp4",
+            {
+                "weight_packed": ((32, 48), torch.uint8),
+                "weight_scale": ((32, 6), torch.float8_e4m3fn),
+                "weight_global_scale": ((1,), torch.float32),
+                "input_global_scale": ((1,), torch.float32),
+            },
+        ),
+        ("MXFP8", "mxfp8", {"weight": ((32, 96), torch.float8_e4m3fn), "weight_scale": ((32, 3), torch.uint8)}),
+        ("MXFP4", DENSE, {"weight": ((32, 96), torch.bfloat16)}),
+    ],
+)
+def test_only_scales_in_plain_floating_point_are_loaded_in_another_dtype_than_stored(scheme, layout, expected):
+    fields = {"in_features": 96, "out_features": 32, "dtype": torch.bfloat16}
+    assert LayerSpec(name="up", scheme=PRESET_SCHEMES[scheme], layout=layout, **fields).buffers() == expected
+
+
+def test_scales_settle_in_the_dtype_of_the_layout_if_it_holds_them(make_case):
+    scheme = PRESET_SCHEMES["FPW8A16"]
+    case = make_case(LayerSpec(name="up", in_features=96, out_features=32, scheme=scheme, layout="fp8"))
+    case.layer.weight_scale = torch.full((32, 1), 0.5)
+    case.layer.settle()
+    assert case.layer.weight_scale.dtype == torch.bfloat16
 
 
 def test_settling_and_preparing_leave_the_stored_tensors_as_they_were(make_case):

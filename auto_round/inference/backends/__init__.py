@@ -8,6 +8,8 @@ from auto_round.inference.backends import (
     torch_cpu_int4,
     torch_cpu_int8,
     torch_cuda_int4,
+    torch_fp8,
+    torch_int8,
     torchao_intx,
     triton_int,
 )
@@ -26,6 +28,8 @@ __all__ = [
     "torch_cpu_int4",
     "torch_cpu_int8",
     "torch_cuda_int4",
+    "torch_fp8",
+    "torch_int8",
     "torchao_intx",
     "triton_int",
     "why_not",

@@ -14,6 +14,7 @@ from torch import nn
 
 from auto_round.inference.layer import LayerSpec, QuantizedLinear
 from auto_round.registry import Registry
+from auto_round.schemes import ActivationScheme
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,6 +26,9 @@ class Backend:
         prepare: makes the kernel of a layer whose tensors are loaded and settled: a module called as
             `kernel(layer, x)`. What it keeps must be non-persistent buffers. Optional packages are imported inside.
         layouts, devices, bits, sym, dtypes: what it accepts, see `LayerSpec`.
+        data_types: accepted `scheme.data_type` values.
+        activations: accepted `scheme.activation` values, where None stands for 16 bits; None: all that
+            `quantize_activation` knows.
         group_sizes: accepted `scheme.group_size` values, -1 meaning one scale per row; None: all.
         partial_groups: whether the last group of a row may be shorter.
         act_order: whether groups may be out of order (GPTQ's desc_act).
@@ -46,6 +50,8 @@ class Backend:
     dtypes: frozenset[torch.dtype]
     priority: int
     aliases: tuple[str, ...] = ()
+    data_types: frozenset[str] = frozenset({"int"})
+    activations: frozenset[ActivationScheme | None] | None = frozenset({None})
     group_sizes: frozenset[int] | None = None
     partial_groups: bool = True
     act_order: bool = True
@@ -86,8 +92,11 @@ def why_not(backend: Backend, spec: LayerSpec) -> str | None:
         ("device", spec.device, backend.devices),
         ("bits", scheme.bits, backend.bits),
         ("sym", scheme.sym, backend.sym),
+        ("data_type", scheme.data_type, backend.data_types),
         ("dtype", spec.dtype, backend.dtypes),
     ]
+    if backend.activations is not None:
+        checks.append(("activations", scheme.activation, backend.activations))
     if backend.group_sizes is not None:
         checks.append(("group_size", scheme.group_size, backend.group_sizes))
     reasons = [f"{what}={_text(value)} (only {_listed(known)})" for what, value, known in checks if value not in known]
@@ -117,7 +126,7 @@ def why_not_this_gpu(spec: LayerSpec) -> str | None:
 
 
 def _text(value: object) -> str:
-    return str(value).removeprefix("torch.")
+    return "16-bit" if value is None else str(value).removeprefix("torch.")
 
 
 def _listed(values: frozenset) -> str:

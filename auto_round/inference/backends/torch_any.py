@@ -1,7 +1,7 @@
 """Backend "torch": unpacks and dequantizes in plain PyTorch, then multiplies. Runs everything, on any device.
 
-It is the meaning of a quantized layer: exactly `F.linear(x, QuantizedTensor.dequantize(x.dtype), bias)`. The other
-backends are tested against it.
+It is the meaning of a quantized layer: exactly `F.linear(x, QuantizedTensor.dequantize(x.dtype), bias)`, with the input
+passed through `quantize_activation` first where the scheme says so. The other backends are tested against it.
 
 Shape letters: O out features, I in features, G groups, K group size, R rows of a chunk.
 """
@@ -12,8 +12,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from auto_round.data_types import DATA_TYPES
 from auto_round.inference.backends.base import Backend, register_backend
 from auto_round.inference.bit_unpack import unpack_awq_columns, unpack_rows
+from auto_round.inference.dequantize import ROW_LAYOUTS, RowKernel
+from auto_round.inference.input_quantization import QuantizedInput
 from auto_round.inference.layer import QuantizedLinear
 from auto_round.layouts import LAYOUTS
 
@@ -22,8 +25,18 @@ from auto_round.layouts import LAYOUTS
 CPU_CHUNK = 512 * 1024
 
 
+# Names that the reference has for kernels of one kind of weight each.
+REFERENCE_NAMES = ("torch_zp", "torch_fp8_static", "torch_mxfp8", "torch_mxfp4", "torch_mxint4", "torch_nvfp4", "fake")
+
+
+def make_kernel(layer: QuantizedLinear) -> nn.Module:
+    """Returns the kernel of a layer of any layout."""
+    kernel = RowKernel() if layer.spec.layout in ROW_LAYOUTS else DequantizeKernel(layer)
+    return QuantizedInput(kernel) if layer.spec.scheme.quantizes_activations else kernel
+
+
 class DequantizeKernel(nn.Module):
-    """Computes a layer by dequantizing its weight on every call.
+    """Computes a layer of GPTQ's or AWQ's layout by dequantizing its weight on every call.
 
     Buffers (not saved): zero_OG uint8, the zero points of an asymmetric layer; group_I int64, the group of each input
     feature when groups are out of order or the last one is shorter.
@@ -93,9 +106,11 @@ def zero_points(layer: QuantizedLinear) -> Tensor:
 register_backend(
     Backend(
         name="auto_round:torch",
-        aliases=("torch", "auto_round:torch_zp", "torch_zp"),
-        prepare=DequantizeKernel,
-        layouts=frozenset({"gptq", "gptq_zp", "awq"}),
+        aliases=("torch", *REFERENCE_NAMES, *(f"auto_round:{name}" for name in REFERENCE_NAMES)),
+        prepare=make_kernel,
+        layouts=ROW_LAYOUTS | {"gptq", "gptq_zp", "awq"},
+        data_types=frozenset(DATA_TYPES),
+        activations=None,
         devices=frozenset({"cpu", "cuda", "xpu"}),
         bits=frozenset(range(2, 9)),
         sym=frozenset({True, False}),

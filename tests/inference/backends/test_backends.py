@@ -7,9 +7,10 @@ import torch
 from torch.nn import functional as F
 
 from auto_round.inference.backends import BACKENDS, all_backends, why_not
+from auto_round.inference.input_quantization import why_no_range
 from auto_round.inference.layer import LayerSpec
 from auto_round.layouts import LAYOUTS
-from auto_round.schemes import QuantizationScheme
+from auto_round.schemes import PRESET_SCHEMES, QuantizationScheme
 
 MEANING = "auto_round:torch"
 # Of ||y - y_exact|| / ||y_exact||. The meaning itself has one rounding of weights and one of sums to the dtype, at most
@@ -25,15 +26,43 @@ def device_of(backend) -> str:
     return devices[0]
 
 
+NAMED = (
+    "FP8_STATIC", "FP8_DYNAMIC", "FPW8A16", "MXFP4", "MXFP8", "MXFP4_RCEIL", "MXFP8_RCEIL", "MXFP4A16", "MXINT4",
+    "NVFP4", "NVFP4A16", "INT8_W8A8", "W4A8",
+)  # fmt: skip
+TENSOR_STATIC = {"act_group_size": 0, "act_sym": True, "act_dynamic": False}
+# Schemes that the grid of `declared` does not reach: other data types, quantized activations.
+OTHERS = [
+    *(PRESET_SCHEMES[name] for name in NAMED),
+    PRESET_SCHEMES["FP8_STATIC"].replace(group_size=0),
+    PRESET_SCHEMES["FP8_DYNAMIC"].replace(act_group_size=0),
+    PRESET_SCHEMES["FP8_BLOCK"].replace(group_size=(48, 64), act_group_size=64),
+    PRESET_SCHEMES["FPW8A16"].replace(data_type="fp_e5m2"),
+    PRESET_SCHEMES["INT8_W8A8"].replace(**TENSOR_STATIC),
+    QuantizationScheme(bits=8, act_bits=8, act_group_size=-1, act_sym=False, sym=False),
+]
+
+
+def is_declared(backend, scheme):
+    known = backend.activations is None or scheme.activation in backend.activations
+    return known and scheme.data_type in backend.data_types
+
+
 def declared():
+    grid = [
+        QuantizationScheme(bits=bits, group_size=group_size, sym=sym)
+        for bits in range(2, 9)
+        for group_size in (-1, 32, 64, 128, 256)
+        for sym in (False, True)
+    ]
     for backend in all_backends():
-        for layout in sorted(backend.layouts):
-            for bits in sorted(backend.bits):
-                for group_size in sorted(backend.group_sizes or (-1, 32, 128)):
-                    for sym in sorted(backend.sym):
-                        scheme = QuantizationScheme(bits=bits, group_size=group_size, sym=sym)
-                        if LAYOUTS[layout].refuses(scheme, (256, 256)) is None:
-                            yield pytest.param(backend, layout, scheme, id=f"{backend.name}-{layout}-{scheme}")
+        for scheme in filter(lambda scheme: is_declared(backend, scheme), [*grid, *OTHERS]):
+            sizes = backend.group_sizes or {-1, 32, 128, scheme.group_size if scheme in OTHERS else -1}
+            if scheme.bits not in backend.bits or scheme.sym not in backend.sym or scheme.group_size not in sizes:
+                continue
+            for layout in sorted(backend.layouts & set(LAYOUTS)):
+                if LAYOUTS[layout].refuses(scheme, (256, 256)) is None:
+                    yield pytest.param(backend, layout, scheme, id=f"{backend.name}-{layout}-{scheme}")
 
 
 def spec_of(backend, layout, scheme, dtype, **fields):
@@ -54,6 +83,7 @@ def assert_computes(backend, case, tokens=TOKENS):
         x = torch.randn(2, count, case.layer.in_features, dtype=dtype)
         with torch.no_grad():
             y = case.layer(x.to(device)).cpu()
+            x = case.quantize_input(x)
         assert (y.shape, y.dtype) == ((2, count, case.layer.out_features), dtype)
         if backend.name == MEANING and device == "cpu":
             assert torch.equal(y, F.linear(x, case.weight.to(dtype).contiguous(), bias))
@@ -64,22 +94,23 @@ def assert_computes(backend, case, tokens=TOKENS):
 @pytest.mark.parametrize(("backend", "layout", "scheme"), list(declared()))
 def test_output_is_the_torch_meaning_for_each_declared_scheme(make_case, backend, layout, scheme):
     for dtype in sorted(backend.dtypes, key=str):
-        spec = spec_of(backend, layout, scheme, dtype, in_features=max(256, scheme.group_size))
-        if why_not(backend, spec) is not None:
-            pytest.skip(why_not(backend, spec))
+        width = max(256, scheme.group_size) if isinstance(scheme.group_size, int) else 256
+        spec = spec_of(backend, layout, scheme, dtype, in_features=width)
+        if (reason := why_not(backend, spec)) is not None or (reason := why_no_range(spec)) is not None:
+            pytest.skip(reason)
         assert_computes(backend, make_case(spec, backend.name))
 
 
 @pytest.mark.parametrize("backend", all_backends(), ids=lambda backend: backend.name)
 @pytest.mark.parametrize("shape", [(172, 352), (352, 172), (16, 160), (43, 65)], ids=str)
 def test_odd_shapes_are_computed_or_refused(make_case, backend, shape):
-    for layout in sorted(backend.layouts):
-        for bits in sorted(backend.bits):
-            scheme = QuantizationScheme(bits=bits, group_size=32, sym=min(backend.sym))
+    integers = [QuantizationScheme(bits=bits, group_size=32, sym=min(backend.sym)) for bits in sorted(backend.bits)]
+    for layout in sorted(backend.layouts & set(LAYOUTS)):
+        for scheme in [*integers, *OTHERS]:
             out_features, in_features = shape
             fields = {"in_features": in_features, "out_features": out_features}
             spec = spec_of(backend, layout, scheme, max(backend.dtypes, key=str), **fields)
-            if LAYOUTS[layout].refuses(scheme, shape) is None and why_not(backend, spec) is None:
+            if (LAYOUTS[layout].refuses(scheme, shape) or why_no_range(spec) or why_not(backend, spec)) is None:
                 assert_computes(backend, make_case(spec, backend.name), tokens=(2,))
 
 
@@ -96,17 +127,22 @@ def test_groups_out_of_order_are_honoured(make_case, backend, bits):
         assert_computes(backend, make_case(spec, backend.name, shuffled=True), tokens=(3,))
 
 
+def accepted_scheme(backend):
+    group_size = min(size for size in backend.group_sizes or {32} if size > 0)
+    plain = QuantizationScheme(bits=min(backend.bits), group_size=group_size, sym=max(backend.sym))
+    return next(scheme for scheme in (plain, *OTHERS) if is_declared(backend, scheme))
+
+
 @pytest.mark.parametrize("backend", all_backends(), ids=lambda backend: backend.name)
 def test_each_undeclared_capability_is_refused_with_its_reason(backend):
     device, dtype = min(backend.devices), max(backend.dtypes, key=str)
-    group_size = min(size for size in backend.group_sizes or {32} if size > 0)
-    scheme = QuantizationScheme(bits=min(backend.bits), group_size=group_size, sym=max(backend.sym))
+    scheme = accepted_scheme(backend)
     size = 1024 * backend.in_multiple, 1024 * backend.out_multiple
     base = LayerSpec(
         name="up", in_features=size[0], out_features=size[1], scheme=scheme, layout=min(backend.layouts), device=device
     )
     base = dataclasses.replace(base, dtype=dtype)
-    backend = dataclasses.replace(backend, requires=())
+    backend = dataclasses.replace(backend, requires=(), refuses=None)
     assert why_not(backend, base) is None
     refusals = {
         "layout=none": dataclasses.replace(base, layout="none"),
@@ -119,6 +155,16 @@ def test_each_undeclared_capability_is_refused_with_its_reason(backend):
         **{
             f"sym={sym} (only": dataclasses.replace(base, scheme=scheme.replace(sym=sym))
             for sym in {True, False} - backend.sym
+        },
+        **{
+            f"data_type={scheme.data_type} (only": dataclasses.replace(base, scheme=scheme)
+            for scheme in (*OTHERS, QuantizationScheme())
+            if scheme.data_type not in backend.data_types
+        },
+        **{
+            f"activations={scheme.activation or '16-bit'} (only": dataclasses.replace(base, scheme=scheme)
+            for scheme in (*OTHERS, QuantizationScheme())
+            if backend.activations is not None and scheme.activation not in backend.activations
         },
     }
     if backend.group_sizes is not None:
@@ -139,6 +185,12 @@ def test_a_missing_package_is_named_with_its_pip_line():
     backend = dataclasses.replace(BACKENDS["torch"], requires=("no_such_package",))
     spec = LayerSpec(name="up", in_features=32, out_features=32, scheme=QuantizationScheme(), layout="gptq")
     assert "needs no_such_package (pip install no_such_package)" in why_not(backend, spec)
+
+
+def test_a_backend_may_refuse_for_reasons_of_its_own():
+    backend = dataclasses.replace(BACKENDS[MEANING], refuses=lambda spec: f"an old {spec.device}", requires=())
+    spec = LayerSpec(name="up", in_features=32, out_features=32, scheme=QuantizationScheme(), layout="gptq")
+    assert why_not(backend, spec) == "an old cpu"
 
 
 @pytest.mark.parametrize("backend", ["torch", "torch_cpu_int4"])
