@@ -17,7 +17,7 @@ from auto_round import pipeline
 from auto_round.blocks import Block, BlockCalls, InputQuantizer
 from auto_round.config import PARTS, RunConfig, TuneConfig, parse_formats, parse_layer_config
 from auto_round.errors import ConfigError
-from auto_round.formats import FormatTarget, export
+from auto_round.formats import FormatTarget
 from auto_round.formats.export import checked_targets
 from auto_round.models.base import LinearInfo, is_linear, is_transposed
 from auto_round.plan import Plan, fit_group
@@ -140,13 +140,13 @@ class AutoRound:
         Raises:
             ConfigError: not quantized yet, or an unknown keyword.
             UnsupportedError: a format cannot hold the plan.
+            VerificationError: what was written is not what was quantized (`verify=False` skips the check).
         """
         wanted = self._checked_targets(output_dir, format, unused)
         if self._store is None:
             raise ConfigError("nothing is quantized yet: call quantize() first, or quantize_and_save()")
         for target in wanted:
-            source = self.session.source
-            export(target.exporter, target.folder, self.plan, source, self._store, self.session.config, self.tokenizer)
+            pipeline.write(self.session, target, self._store)
         return [target.folder for target in wanted]
 
     def quantize_and_save(

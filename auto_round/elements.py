@@ -151,3 +151,8 @@ ELEMENTS: dict[tuple[str, int], Element] = {
     ("fp", 8): E4M3,
     ("fp_e5m2", 8): E5M2,
 }
+
+
+def largest_level(data_type: str, bits: int) -> float:
+    """Returns the largest magnitude that a symmetric type holds, in units of the scale: 127 for 8-bit integers."""
+    return 2.0 ** (bits - 1) - 1 if data_type == "int" else ELEMENTS[data_type, bits].largest

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,15 @@ import torch
 from torch import Tensor
 
 from auto_round.device import compute_device
-from auto_round.errors import CalibrationError, ConfigError, require
+from auto_round.errors import CalibrationError, ConfigError, UnsupportedError, require
+from auto_round.formats import Exporter
 
 DEFAULT_TASKS = (
     "lambada_openai,hellaswag,winogrande,piqa,mmlu,wikitext,truthfulqa_mc1,openbookqa,boolq,arc_easy,arc_challenge"
 )
+
+
+EXACT_BACKEND = "auto_round:torch"
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,13 +85,32 @@ def perplexity(model: Any, windows_NT: Tensor, *, batch_size: int = 8) -> float:
     return math.exp(total / (windows_NT.shape[0] * (windows_NT.shape[1] - 1)))
 
 
-def load_for_evaluation(model: str | Path, settings: EvalSettings) -> Any:
-    """Returns a model folder loaded through Transformers."""
-    from transformers import AutoModelForCausalLM
+def check_formats(exporters: Sequence[Exporter]) -> None:
+    """Raises UnsupportedError if a run would write formats that cannot be measured afterwards."""
+    names = [exporter.name for exporter in exporters if not exporter.capability.loads_here]
+    if names:
+        raise UnsupportedError(
+            f"{', '.join(names)} cannot be evaluated here, as Transformers does not load it. Leave out --ppl and "
+            "--tasks, or evaluate the same weights written with --format fake"
+        )
 
-    where = compute_device(settings.device)
+
+def load_for_evaluation(model: str | Path, settings: EvalSettings) -> Any:
+    """Returns a model folder loaded through Transformers; GPTQ and AWQ checkpoints by this package's own loader.
+
+    On a CPU a quantized one is computed exactly: faster backends round activations to 8 bits, and the figures are to
+    say what the rounding of weights costs.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoRoundConfig
+
+    where, trust = compute_device(settings.device), settings.trust_remote_code
+    config = AutoConfig.from_pretrained(model, trust_remote_code=trust)
+    method = dict(getattr(config, "quantization_config", None) or {}).get("quant_method")
+    backend = EXACT_BACKEND if where.type == "cpu" else "auto"
+    ours = method in ("auto-round", "gptq", "awq")
+    options = {"quantization_config": AutoRoundConfig(backend=backend)} if ours else {}
     loaded = AutoModelForCausalLM.from_pretrained(
-        model, dtype="auto", device_map=where, trust_remote_code=settings.trust_remote_code
+        model, dtype="auto", device_map=where, trust_remote_code=trust, **options
     )
     return loaded.eval()
 

@@ -64,8 +64,8 @@ class QuantizedTensor:
         zero_point: (O, G) uint8 on the grid of codes; None when symmetric, or where codes are no integers.
         scheme: the scheme, with the group size that was really used.
         global_scale: () float32 that scales were multiplied by before they were stored (NVFP4), or None.
-        input_peak: () float32, the largest magnitude of the layer's input seen in calibration; None unless activations
-            are quantized with calibrated ranges.
+        input_peak: () float32, the largest magnitude of the layer's input seen in calibration; float64 where it was
+            read back, so that the stored scale comes out of it again. None unless activations have calibrated ranges.
     """
 
     codes: Tensor
@@ -128,6 +128,7 @@ class BlockResult:
         plain: parameter name -> new 16-bit value (tuned norms and biases), empty by default.
         first_loss, best_loss: mean squared error of the block's output before tuning and at the kept step.
         best_step: the kept step, 0 for the start.
+        cache_scales: tensor name -> () float32 scale of keys or values in an FP8 cache, empty unless asked for.
         note: why the block did not take the normal way ("" if it did), e.g. a fall-back to rounding.
     """
 
@@ -137,6 +138,7 @@ class BlockResult:
     best_loss: float | None = None
     best_step: int = 0
     note: str = ""
+    cache_scales: Mapping[str, Tensor] = dataclasses.field(default_factory=dict)
 
     def summary(self) -> dict[str, Any]:
         """Returns the figures without the tensors."""

@@ -1,10 +1,15 @@
+import dataclasses
+import re
+
 import pytest
+import torch
 
 from auto_round import report
 from auto_round.calibration import DATASETS
 from auto_round.config import RunConfig
 from auto_round.formats import EXPORTERS
-from auto_round.inference.backends import all_backends
+from auto_round.inference import backends
+from auto_round.inference.backends import Backend, all_backends
 from auto_round.models import discover
 from auto_round.plan import resolve
 from auto_round.schemes import PRESET_SCHEMES
@@ -32,9 +37,14 @@ def test_a_table_has_one_line_for_each_registered_name(describe, names):
     assert all(line == line.rstrip() for line in lines)
 
 
-def test_a_backend_is_described_with_its_other_names():
-    lines = {line.split()[0]: line.split()[1:] for line in report.describe_backends().splitlines()}
-    assert lines["auto_round:torch_cpu_int4"] == ["cpu", "4", "int", "3", "torch_cpu_int4"]
+def test_the_table_of_formats_is_made_from_what_they_declare():
+    heading, *lines = report.describe_formats().splitlines()
+    starts = [heading.index(column) for column in ("bits", "group size", "lm_head", "loads in")]
+    (gptq,) = [line for line in lines if line.startswith("auto_gptq ")]
+    cells = [gptq[start:].split("  ")[0] for start in starts]
+    assert cells[:3] == ["2, 3, 4, 8", "32, 64, 128, 256, 512, 1024, row", "yes"]
+    assert cells[3].startswith("GPTQModel")
+    assert f"auto_gptq: {EXPORTERS['auto_gptq'].summary}" in lines
 
 
 def test_a_scheme_is_described_by_its_fields():
@@ -85,3 +95,35 @@ def test_where_activations_are_kept_is_told(make_model):
 def test_models_with_other_layer_names_have_an_estimate_too(kind, make_model):
     _, chain = parse(memory(make_model(kind), nsamples=4096, seqlen=8192, iters=1))
     assert chain == 24
+
+
+def test_a_backend_is_described_by_what_it_declares(monkeypatch):
+    theirs = Backend(
+        name="theirs:fast",
+        aliases=("fast", "quick"),
+        prepare=print,
+        layouts=frozenset({"gptq", "awq"}),
+        devices=frozenset({"xpu", "cpu"}),
+        bits=frozenset({8, 4}),
+        sym=frozenset({True}),
+        dtypes=frozenset({torch.float16, torch.bfloat16}),
+        requires=("no_such_package",),
+        pip="no-such-package",
+        priority=7,
+        priority_here=lambda: 2,
+    )
+    monkeypatch.setattr(backends, "all_backends", lambda: [theirs, dataclasses.replace(theirs, name="b", requires=())])
+    header, first, second = (re.split("  +", line) for line in report.describe_backends().splitlines())
+    assert dict(zip(header, first, strict=True)) == {
+        "backend": "theirs:fast",
+        "also called": "fast, quick",
+        "devices": "cpu, xpu",
+        "bits": "4, 8",
+        "data types": "int",
+        "layouts": "awq, gptq",
+        "symmetric": "yes",
+        "dtypes": "bf16, fp16",
+        "needs": "no-such-package (not installed)",
+        "priority": "2",
+    }
+    assert dict(zip(header, second, strict=True))["needs"] == "nothing"

@@ -5,6 +5,9 @@ where there is no kernel. Gradients pass straight through the rounding, and thro
 
 Ranges are measured at run time over a token (-1), a group of neighbouring features, or the tensor (0); or they are
 calibrated: `peak` is then the largest magnitude seen on calibration text.
+
+The arithmetic is that of the engines' kernels, in float32. compressed-tensors, which runs such checkpoints in
+Transformers, computes in the model's precision, and its integer scale is peak / 127.5 where kernels take peak / 127.
 """
 
 from __future__ import annotations
@@ -14,11 +17,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from auto_round.data_types.mxfp import shared_scale
-from auto_round.data_types.nvfp4 import SMALLEST_SCALE, global_scale
-from auto_round.elements import E2M1, E4M3, ELEMENTS, Element
+from auto_round.data_types.mxfp import ROUNDS_UP_FROM, covering_scale, rounded_scale, shared_scale
+from auto_round.data_types.nvfp4 import global_scale
+from auto_round.elements import E2M1, E4M3, ELEMENTS, Element, largest_level
 from auto_round.registry import Registry
-from auto_round.schemes import STATIC_GLOBAL_SCALE, ActivationScheme
+from auto_round.schemes import STATIC_GLOBAL_SCALE, ActivationScheme, QuantizationScheme
 
 SMALLEST = 1e-10  # of a range: a token of zeros stays zeros
 
@@ -37,6 +40,16 @@ def quantize_activation(x: Tensor, scheme: ActivationScheme, peak: Tensor | None
     with torch.no_grad():
         rounded = ACTIVATIONS[scheme.data_type](x.detach().float(), scheme, peak).to(x.dtype)
     return x + (rounded - x).detach() if x.requires_grad else rounded
+
+
+def stored_peak(peak: Tensor, scheme: QuantizationScheme) -> Tensor:
+    """Returns the calibrated peak that a checkpoint stands for: its scale is stored in the scheme's scale dtype."""
+    assert scheme.activation is not None
+    if scheme.activation.data_type == STATIC_GLOBAL_SCALE:
+        return peak.float()  # stored in float32
+    largest = largest_level(scheme.activation.data_type, scheme.activation.bits)
+    dtype = getattr(torch, scheme.scale_dtype)
+    return (peak.float() / largest).to(dtype).float() * largest
 
 
 def why_not_activation(scheme: ActivationScheme) -> str | None:
@@ -85,12 +98,20 @@ def _floats(x: Tensor, scheme: ActivationScheme, peak: Tensor | None) -> Tensor:
     return _ungrouped(scale * element.round(grouped / scale), x)
 
 
-@ACTIVATIONS.register("mx_fp", "mx_fp_e3m2", "mx_fp_e5m2", "mx_int", "mx_fp_rceil")
+@ACTIVATIONS.register("mx_fp", "mx_fp_e3m2", "mx_fp_e5m2", "mx_int")
 def _microscaled(x: Tensor, scheme: ActivationScheme, peak: Tensor | None) -> Tensor:  # noqa: ARG001
-    element: Element = ELEMENTS[scheme.data_type.removesuffix("_rceil"), scheme.bits]
+    element: Element = ELEMENTS[scheme.data_type, scheme.bits]
     grouped = _grouped(x, scheme.group_size)
-    round_up = scheme.data_type.endswith("_rceil")
-    scale = shared_scale(grouped.abs().amax(-1, keepdim=True), element, round_up=round_up)
+    scale_of = rounded_scale if element.name in ROUNDS_UP_FROM else shared_scale
+    scale = scale_of(grouped.abs().amax(-1, keepdim=True), element)
+    return _ungrouped(scale * element.round(grouped / scale), x)
+
+
+@ACTIVATIONS.register("mx_fp_rceil")
+def _microscaled_unsaturated(x: Tensor, scheme: ActivationScheme, peak: Tensor | None) -> Tensor:  # noqa: ARG001
+    element: Element = ELEMENTS["mx_fp", scheme.bits]
+    grouped = _grouped(x, scheme.group_size)
+    scale = covering_scale(grouped.abs().amax(-1, keepdim=True), element)
     return _ungrouped(scale * element.round(grouped / scale), x)
 
 
@@ -98,9 +119,10 @@ def _microscaled(x: Tensor, scheme: ActivationScheme, peak: Tensor | None) -> Te
 def _nvfp4(x: Tensor, scheme: ActivationScheme, peak: Tensor | None) -> Tensor:
     grouped = _grouped(x, scheme.group_size)
     whole = global_scale(x.abs().amax() if peak is None else peak.to(x.device))
-    stored = E4M3.round(grouped.abs().amax(-1, keepdim=True) / E2M1.largest * whole).clamp(min=SMALLEST_SCALE)
-    scale = stored / whole
-    return _ungrouped(scale * E2M1.round(grouped / scale), x)
+    stored = E4M3.round(grouped.abs().amax(-1, keepdim=True) / E2M1.largest * whole)
+    scale = stored.clamp(min=SMALLEST) / whole
+    # A group too small for the E4M3 scale to be anything but zero becomes zeros, as in the kernels.
+    return _ungrouped(torch.where(stored > 0, scale * E2M1.round(grouped / scale), 0.0), x)
 
 
 def _grouped(x: Tensor, group_size: int) -> Tensor:

@@ -22,6 +22,8 @@ EXPONENT_LIMITS = (-126, 127)
 # Besides the specification's: one more for less saturation, one less for a finer grid.
 TRIED_EXPONENTS = (0, 1, -1)
 GROUP_SIZE = 32
+# Element -> peak, in units of a power of two, from which on compressed-tensors takes the next power.
+ROUNDS_UP_FROM = {"e2m1": 1.75, "e2m3": 1.9375, "e4m3": 1.75}
 
 
 class MxDataType:
@@ -54,14 +56,14 @@ class MxDataType:
         self,
         weight_OI: Tensor,
         scheme: QuantizationScheme,
-        importance_I: Tensor | None,
+        importance: Tensor | None,
         tensor_peak: Tensor | None = None,
     ) -> Range:
         """Returns the scale with the least weighted squared error among neighbouring exponents."""
         start = self.minmax_range(weight_OI, scheme, tensor_peak)["scale"]
         low, high = (2.0**exponent for exponent in EXPONENT_LIMITS)
         candidates = [(start * 2.0**change).clamp(low, high) for change in TRIED_EXPONENTS]
-        return {"scale": float_grid.best_scale(weight_OI, scheme, importance_I, candidates)}
+        return {"scale": float_grid.best_scale(weight_OI, scheme, importance, candidates)}
 
     def trainable(self, weight_OI: Tensor, scheme: QuantizationScheme) -> dict[str, Tensor]:
         """Returns rounding (O, G, K) zeros and max_scale (O, G, 1) ones, float32."""
@@ -86,16 +88,27 @@ class MxDataType:
         return QuantizedTensor(codes, scale.squeeze(-1), None, scheme)
 
 
-def shared_scale(peak: Tensor, element: Element, *, round_up: bool = False) -> Tensor:
-    """Returns the power of two for a group whose largest magnitude is `peak`; the smallest one for zeros.
+def shared_scale(peak: Tensor, element: Element) -> Tensor:
+    """Returns the specification's power of two for a group whose largest magnitude is `peak`; the least for zeros."""
+    return _power(floor_log2(peak) - element.max_exponent, peak)
 
-    Args:
-        round_up: the least power of two under which nothing saturates ("rceil") instead of the specification's.
+
+def rounded_scale(peak: Tensor, element: Element) -> Tensor:
+    """Returns the specification's power of two, or the next one where `peak` is nearer to that.
+
+    What compressed-tensors does to activations. Source: generate_mx_scales in its quantization/utils/mxfp_utils.py.
     """
-    if round_up:
-        exponent = -floor_log2(element.largest / peak.clamp(min=2.0**-100))
-    else:
-        exponent = floor_log2(peak) - element.max_exponent
+    mantissa, exponent = torch.frexp(peak)  # peak = 2 * mantissa * 2**(exponent - 1), with 2 * mantissa in [1, 2)
+    exponent = exponent.to(torch.int32) - 1 + (mantissa >= ROUNDS_UP_FROM[element.name] / 2).to(torch.int32)
+    return _power(exponent - element.max_exponent, peak)
+
+
+def covering_scale(peak: Tensor, element: Element) -> Tensor:
+    """Returns the least power of two under which nothing saturates, called "rceil"; what NVIDIA's kernels do."""
+    return _power(-floor_log2(element.largest / peak.clamp(min=2.0**-100)), peak)
+
+
+def _power(exponent: Tensor, peak: Tensor) -> Tensor:
     exponent = torch.where(peak > 0, exponent, EXPONENT_LIMITS[0])
     return power_of_two(exponent.clamp(*EXPONENT_LIMITS))
 

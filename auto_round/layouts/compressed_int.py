@@ -12,10 +12,13 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from auto_round.elements import largest_level
 from auto_round.layouts.base import LAYOUTS, why_not_integer_groups
 from auto_round.layouts.bit_pack import pack_bits, packed_words, unpack_bits
 from auto_round.schemes import QuantizationScheme
 from auto_round.tensors import QuantizedTensor, group_count
+
+LARGEST_INT8 = largest_level("int", 8)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -27,11 +30,7 @@ class CompressedPackedLayout:
 
     def refuses(self, scheme: QuantizationScheme, shape: tuple[int, int]) -> str | None:
         """Returns why a weight cannot be held, or None."""
-        if scheme.bits not in (2, 3, 4, 8):
-            return f"bits={scheme.bits} (only 2, 3, 4, 8)"
-        if isinstance(scheme.group_size, int) and scheme.group_size > 0 and shape[1] % scheme.group_size:
-            return f"groups of {scheme.group_size} in {shape[1]} inputs (only whole groups)"
-        return why_not_integer_groups(scheme)
+        return why_not_integer_groups(scheme) or _why_not_whole_groups(scheme, shape)
 
     def specs(self, scheme: QuantizationScheme, shape: tuple[int, int]) -> dict[str, tuple[tuple[int, ...], str]]:
         """Returns tensor name -> (shape, dtype name)."""
@@ -76,11 +75,11 @@ class Int8Layout:
 
     name: str = "ct_int8"
 
-    def refuses(self, scheme: QuantizationScheme, shape: tuple[int, int]) -> str | None:  # noqa: ARG002
+    def refuses(self, scheme: QuantizationScheme, shape: tuple[int, int]) -> str | None:
         """Returns why a weight cannot be held, or None."""
         if scheme.bits != 8 or not scheme.sym:
             return f"bits={scheme.bits} sym={scheme.sym} (only 8 bits, symmetric)"
-        return why_not_integer_groups(scheme)
+        return why_not_integer_groups(scheme) or _why_not_whole_groups(scheme, shape)
 
     def specs(self, scheme: QuantizationScheme, shape: tuple[int, int]) -> dict[str, tuple[tuple[int, ...], str]]:
         """Returns tensor name -> (shape, dtype name)."""
@@ -90,17 +89,18 @@ class Int8Layout:
             "weight_scale": ((shape[0], groups), scheme.scale_dtype),
         }
         if scheme.activation is not None and scheme.activation.needs_calibration:
-            found["input_scale"] = ((1,), "float32")
+            found["input_scale"] = ((1,), scheme.scale_dtype)
         return found
 
     def pack(self, weight: QuantizedTensor) -> dict[str, Tensor]:
         """Returns weight, weight_scale and, where it is known, input_scale = peak / 127."""
+        dtype = getattr(torch, weight.scheme.scale_dtype)
         tensors = {
             "weight": (weight.codes.to(torch.int16) - 128).to(torch.int8),
-            "weight_scale": weight.scale.to(getattr(torch, weight.scheme.scale_dtype)).contiguous(),
+            "weight_scale": weight.scale.to(dtype).contiguous(),
         }
         if weight.input_peak is not None:
-            tensors["input_scale"] = (weight.input_peak.float() / 127).reshape(1)
+            tensors["input_scale"] = (weight.input_peak / LARGEST_INT8).to(dtype).reshape(1)
         return tensors
 
     def unpack(
@@ -111,8 +111,15 @@ class Int8Layout:
     ) -> QuantizedTensor:
         """Returns the weight that `pack` was given."""
         codes = (tensors["weight"].to(torch.int16) + 128).to(torch.uint8)
-        peak = tensors["input_scale"].reshape(()) * 127 if "input_scale" in tensors else None
+        peak = tensors["input_scale"].double().reshape(()) * LARGEST_INT8 if "input_scale" in tensors else None
         return QuantizedTensor(codes, tensors["weight_scale"].float().contiguous(), None, scheme, input_peak=peak)
+
+
+def _why_not_whole_groups(scheme: QuantizationScheme, shape: tuple[int, int]) -> str | None:
+    size = scheme.group_size
+    if isinstance(size, int) and size > 0 and shape[1] % size:
+        return f"groups of {size} in {shape[1]} inputs (only whole groups)"
+    return None
 
 
 def _words(count: int, bits: int) -> int:

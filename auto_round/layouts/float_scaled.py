@@ -14,7 +14,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from auto_round.elements import E2M1, E4M3, floor_log2, power_of_two
+from auto_round.elements import E2M1, E4M3, floor_log2, largest_level, power_of_two
 from auto_round.layouts.base import LAYOUTS
 from auto_round.schemes import QuantizationScheme
 from auto_round.tensors import QuantizedTensor, group_count
@@ -28,7 +28,7 @@ Specs = dict[str, tuple[tuple[int, ...], str]]
 @dataclasses.dataclass(frozen=True, slots=True)
 class Fp8Layout:
     """weight float8 (O, I); weight_scale (O, 1) per row, (1,) per tensor or (O/rows, I/columns) of blocks;
-    input_scale (1,) float32 where activation ranges are calibrated."""
+    input_scale (1,) where activation ranges are calibrated. Scales are in the scheme's scale dtype."""
 
     name: str = "fp8"
 
@@ -45,21 +45,21 @@ class Fp8Layout:
         dtype = str(FLOAT8[scheme.data_type]).removeprefix("torch.")
         found: Specs = {"weight": (shape, dtype), "weight_scale": (_scale_shape(scheme, shape), scheme.scale_dtype)}
         if scheme.activation is not None and scheme.activation.needs_calibration:
-            found["input_scale"] = ((1,), "float32")
+            found["input_scale"] = ((1,), scheme.scale_dtype)
         return found
 
     def pack(self, weight: QuantizedTensor) -> dict[str, Tensor]:
-        """Returns weight, weight_scale and, where it is known, input_scale = peak / 448."""
-        scheme = weight.scheme
+        """Returns weight, weight_scale and, where it is known, input_scale = peak / largest number of the input."""
+        scheme, dtype = weight.scheme, getattr(torch, weight.scheme.scale_dtype)
         step = scheme.group_size[0] if isinstance(scheme.group_size, tuple) else 1
         step = weight.shape[0] if scheme.group_size == 0 else step
-        scale = weight.scale[::step].to(getattr(torch, scheme.scale_dtype))
+        scale = weight.scale[::step].to(dtype)
         tensors = {
             "weight": weight.codes.contiguous().view(FLOAT8[scheme.data_type]),
             "weight_scale": scale.reshape(_scale_shape(scheme, weight.shape)).contiguous(),
         }
         if weight.input_peak is not None:
-            tensors["input_scale"] = (weight.input_peak.float() / E4M3.largest).reshape(1)
+            tensors["input_scale"] = (weight.input_peak / _largest_input(scheme)).to(dtype).reshape(1)
         return tensors
 
     def unpack(
@@ -72,7 +72,9 @@ class Fp8Layout:
             scale = scale.repeat_interleave(scheme.group_size[0], dim=0)[:rows]
         else:
             scale = scale.reshape(-1, 1).expand(rows, 1)
-        peak = tensors["input_scale"].float().reshape(()) * E4M3.largest if "input_scale" in tensors else None
+        peak = None
+        if "input_scale" in tensors:
+            peak = tensors["input_scale"].double().reshape(()) * _largest_input(scheme)
         codes = tensors["weight"].contiguous().view(torch.uint8)
         return QuantizedTensor(codes, scale.contiguous(), None, scheme, input_peak=peak)
 
@@ -152,7 +154,7 @@ class NvFp4Layout:
             "weight_global_scale": weight.global_scale.reshape(1),
         }
         if weight.input_peak is not None:
-            tensors["input_global_scale"] = (NVFP4_RANGE / weight.input_peak.float()).reshape(1)
+            tensors["input_global_scale"] = (NVFP4_RANGE / weight.input_peak).float().reshape(1)
         return tensors
 
     def unpack(
@@ -164,7 +166,7 @@ class NvFp4Layout:
         """Returns the weight that `pack` was given."""
         peak = None
         if "input_global_scale" in tensors:
-            peak = NVFP4_RANGE / tensors["input_global_scale"].float().reshape(())
+            peak = NVFP4_RANGE / tensors["input_global_scale"].double().reshape(())
         return QuantizedTensor(
             _unpack_pairs(tensors["weight_packed"]),
             tensors["weight_scale"].float().contiguous(),
@@ -173,6 +175,11 @@ class NvFp4Layout:
             global_scale=tensors["weight_global_scale"].float().reshape(()),
             input_peak=peak,
         )
+
+
+def _largest_input(scheme: QuantizationScheme) -> float:
+    assert scheme.activation is not None
+    return largest_level(scheme.activation.data_type, scheme.activation.bits)
 
 
 def _scale_shape(scheme: QuantizationScheme, shape: tuple[int, int]) -> tuple[int, ...]:

@@ -6,28 +6,32 @@ import dataclasses
 import functools
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor
 
 from auto_round.blocks import Block, InputQuantizer
-from auto_round.data_types.activations import quantize_activation
+from auto_round.data_types.activations import quantize_activation, stored_peak
 from auto_round.schemes import QuantizationScheme
 from auto_round.tensors import BlockResult
 from auto_round.tuning.base import TuningTask
 from auto_round.tuning.statistics import input_peaks
 
+NO_PEAK = 1.0  # of a layer whose input is never known, or always zero
+
 
 def calibrated_peaks(task: TuningTask) -> dict[str, Tensor]:
     """Returns weight name -> () float32 largest input magnitude, for layers whose activation range is calibrated.
 
-    Inputs are those that the quantized blocks before give. Layers that no token reached (idle experts) get the largest
-    range of the block, which clips nothing that others do not clip.
+    Inputs are those that the quantized blocks before give. Layers that no token reached (idle experts), or whose input
+    is all zeros, get the largest range of the block, which clips nothing that others do not clip.
     """
     names = [name for name, scheme in task.schemes.items() if _needs_calibration(scheme)]
     if not names:
         return {}
-    found = input_peaks(task.block, task.inputs, task.batches, names, mask_NT=task.mask)
-    largest = max(found.values(), key=float) if found else None
-    return {name: peak for name in names if (peak := found.get(name, largest)) is not None}
+    seen = input_peaks(task.block, task.inputs, task.batches, names, mask_NT=task.mask)
+    found = {name: peak for name, peak in seen.items() if float(peak) > 0}
+    largest = max(found.values(), key=float, default=torch.tensor(NO_PEAK, device=task.block.device))
+    return {name: stored_peak(found.get(name, largest), task.schemes[name]) for name in names}
 
 
 def input_quantizers(

@@ -5,7 +5,7 @@ from auto_round.formats import EXPORTERS
 from auto_round.models import discover
 from auto_round.plan import resolve
 
-AWQ, GPTQ = "auto_round:auto_awq", "auto_round:auto_gptq"
+AWQ, GPTQ, COMPRESSED = "auto_round:auto_awq", "auto_round:auto_gptq", "auto_round:llm_compressor"
 
 
 @pytest.fixture
@@ -72,7 +72,7 @@ def test_awq_refuses_other_widths_with_the_number_of_layers(make_plan):
     assert len(reasons) == 2
     assert reasons[0].startswith("cannot store bits=2 (only 4) for 2 layers, e.g. model.layers.0.mlp.up_proj.")
     assert "bits=8 (only 4) for 2 layers, e.g. model.layers.0.mlp.down_proj." in reasons[1]
-    assert all("--format auto_round" in reason and "layer_config" in reason for reason in reasons)
+    assert all("bits=4 with --layer_config" in reason for reason in reasons)
 
 
 @pytest.mark.parametrize("name", ["auto_round", AWQ, GPTQ, "auto_round:gptqmodel"])
@@ -83,10 +83,58 @@ def test_one_scale_for_a_whole_tensor_is_refused(name, make_plan):
     assert "14 layers" in reason
 
 
-def test_quantized_activations_are_refused(make_plan):
-    plan, _ = make_plan(act_bits=8)
-    (reason,) = EXPORTERS["auto_round"].refusals(plan)
+@pytest.mark.parametrize("name", [AWQ, GPTQ, "auto_round:gptqmodel"])
+def test_quantized_activations_are_refused_by_integer_layouts(name, make_plan):
+    plan, _ = make_plan(bits=4, sym=False, act_bits=8, act_sym=True)
+    (reason,) = EXPORTERS[name].refusals(plan)
     assert "act_bits=8 (only 16)" in reason
+
+
+@pytest.mark.parametrize(
+    ("scheme", "layout", "keys"),
+    [
+        ("MXFP4", "mxfp4", {"act_bits": 4, "act_group_size": 32, "act_data_type": "mx_fp", "act_dynamic": True}),
+        (
+            "NVFP4",
+            "nvfp4",
+            {"act_bits": 4, "act_group_size": 16, "act_data_type": "nv_fp4_with_static_gs", "act_dynamic": True},
+        ),
+        ("FP8_STATIC", "fp8", {"act_bits": 8, "act_group_size": 0, "act_data_type": "fp", "act_dynamic": False}),
+        ("W4A8", "ct_packed", {"act_bits": 8, "act_group_size": -1, "act_data_type": "int", "act_dynamic": True}),
+        ("MXFP4A16", "mxfp4", {}),
+    ],
+)
+def test_floats_and_quantized_activations_take_the_tensors_of_compressed_tensors(scheme, layout, keys, make_plan):
+    """Keys as the reference writes them for MXFP4 and NVFP4; vLLM's INC config reads them by these names."""
+    options = {"scheme": scheme, "group_size": 32 if scheme == "W4A8" else None}
+    plan, config = make_plan(**options)
+    for name in ("auto_round", COMPRESSED):
+        exporter = EXPORTERS[name]
+        written = exporter.quantization_config(plan, config)
+        assert (written["packing_format"], written["quant_method"]) == (COMPRESSED, "auto-round")
+        assert exporter.layout_for(plan.base, plan).name == layout
+        acts = {key: value for key, value in written.items() if key.startswith("act_")}
+        assert acts == ({**keys, "act_sym": True} if keys else {})
+        assert "enable_quanted_input" not in written  # its absence is what some branches of vLLM ask for
+        assert exporter.refusals(plan) == []
+
+
+def test_a_layer_with_other_activations_says_so(make_plan):
+    layers = {"down_proj": "MXFP8", "o_proj": "MXFP4A16", "up_proj": 16}
+    plan, config = make_plan(scheme="MXFP4", group_size=None, layer_config=layers, quant_lm_head=True)
+    written = EXPORTERS["auto_round"].quantization_config(plan, config)["extra_config"]
+    acts = {"act_bits": 8, "act_group_size": 32, "act_sym": True, "act_data_type": "mx_fp", "act_dynamic": True}
+    assert written["model.layers.0.mlp.down_proj"] == {"bits": 8, **acts}
+    assert written["model.layers.1.self_attn.o_proj"] == {"act_bits": 16}
+    assert written["model.layers.1.mlp.up_proj"] == {"bits": 16}
+    head = {"bits": 4, "group_size": 32, "sym": True, "data_type": "mx_fp", **acts, "act_bits": 4}
+    assert written["lm_head"] == head
+
+
+def test_what_compressed_tensors_cannot_hold_is_refused_here_too(make_plan):
+    plan, _ = make_plan(scheme="MXFP6", group_size=None)
+    reasons = EXPORTERS["auto_round"].refusals(plan)
+    assert any("mx_fp6 weights (only" in reason or "bits=6" in reason for reason in reasons)
 
 
 def test_the_config_says_what_differs_from_the_defaults_only(make_plan):
@@ -100,6 +148,11 @@ def test_the_config_says_what_differs_from_the_defaults_only(make_plan):
 
 def test_the_config_of_plain_rounding_names_no_dataset(make_plan):
     plan, config = make_plan(iters=0, disable_opt_rtn=True, dataset="calib.txt")
+    assert "dataset" not in EXPORTERS["auto_round"].quantization_config(plan, config)
+
+
+def test_the_default_dataset_is_not_named(make_plan):
+    plan, config = make_plan()
     assert "dataset" not in EXPORTERS["auto_round"].quantization_config(plan, config)
 
 
