@@ -128,7 +128,7 @@ def test_groups_out_of_order_are_honoured(make_case, backend, bits):
 
 
 def accepted_scheme(backend):
-    group_size = min(size for size in backend.group_sizes or {32} if size > 0)
+    group_size = min((size for size in backend.group_sizes or {32} if size > 0), default=-1)
     plain = QuantizationScheme(bits=min(backend.bits), group_size=group_size, sym=max(backend.sym))
     return next(scheme for scheme in (plain, *OTHERS) if is_declared(backend, scheme))
 
