@@ -14,17 +14,17 @@ import torch
 from torch import Tensor, nn
 
 from auto_round import pipeline
-from auto_round.blocks import Block, BlockCalls
+from auto_round.blocks import Block, BlockCalls, InputQuantizer
 from auto_round.config import PARTS, RunConfig, TuneConfig, parse_formats, parse_layer_config
 from auto_round.errors import ConfigError
-from auto_round.formats import FormatTarget, export
+from auto_round.formats import FormatTarget
 from auto_round.formats.export import checked_targets
 from auto_round.models.base import LinearInfo, is_linear, is_transposed
 from auto_round.plan import Plan, fit_group
 from auto_round.schemes import QuantizationScheme, to_scheme
 from auto_round.store import RunStore
 from auto_round.tensors import BlockResult
-from auto_round.tuning import TuningTask, tune
+from auto_round.tuning import TuningTask, quantizers_of, tune
 
 logger = logging.getLogger(__name__)
 
@@ -118,6 +118,20 @@ class AutoRound:
             _write_back(self.session.source.model, self._store, self.plan)
         return self.model, {e.layer.name: e.scheme.to_dict() for e in self.plan.quantized().values()}
 
+    def input_quantizers(self) -> dict[str, InputQuantizer]:
+        """Returns layer name -> what its input passes through when activations are quantized; `quantize` comes first.
+
+        A model in memory keeps plain linear layers with dequantized weights. Registered as forward pre-hooks, these
+        show what an engine that quantizes activations will compute.
+        """
+        if self._store is None:
+            raise ConfigError("nothing is quantized yet: call quantize() first")
+        found: dict[str, InputQuantizer] = {}
+        for block in self._store.finished():
+            quantizers = quantizers_of(self._store.load(block))
+            found |= {name.removesuffix(".weight"): quantizer for name, quantizer in quantizers.items()}
+        return found
+
     def save_quantized(
         self, output_dir: str | Path | None = None, format: str | None = None, **unused: Any
     ) -> list[Path]:
@@ -126,13 +140,13 @@ class AutoRound:
         Raises:
             ConfigError: not quantized yet, or an unknown keyword.
             UnsupportedError: a format cannot hold the plan.
+            VerificationError: what was written is not what was quantized (`verify=False` skips the check).
         """
         wanted = self._checked_targets(output_dir, format, unused)
         if self._store is None:
             raise ConfigError("nothing is quantized yet: call quantize() first, or quantize_and_save()")
         for target in wanted:
-            source = self.session.source
-            export(target.exporter, target.folder, self.plan, source, self._store, self.session.config, self.tokenizer)
+            pipeline.write(self.session, target, self._store)
         return [target.folder for target in wanted]
 
     def quantize_and_save(

@@ -79,8 +79,18 @@ class Block:
         """The name for messages."""
         return self.names[0] if len(self.names) == 1 else f"{self.names[0]}..{self.names[-1].rsplit('.', 1)[-1]}"
 
-    def forward(self, hidden_NTH: Tensor, samples: Tensor, replaced: Mapping[str, Tensor] | None = None) -> Tensor:
-        """Returns the block's output for some samples, with some parameters replaced (full names)."""
+    def forward(
+        self,
+        hidden_NTH: Tensor,
+        samples: Tensor,
+        replaced: Mapping[str, Tensor] | None = None,
+        arguments: Mapping[str, Any] | None = None,
+    ) -> Tensor:
+        """Returns the block's output for some samples, with some parameters replaced (full names).
+
+        Args:
+            arguments: keyword arguments in place of the model's own.
+        """
         replaced = replaced or {}
         for name, module, calls in zip(self.names, self.modules, self.calls, strict=True):
             dot = name + "."
@@ -88,6 +98,7 @@ class Block:
             state = {k[len(dot) :]: _to(t, self.device, self.dtype) for k, t in own.items() if k not in replaced}
             state.update({k[len(dot) :]: t for k, t in replaced.items() if k.startswith(dot)})
             args, kwargs = calls.for_samples(samples, self.device, self.dtype)
+            kwargs = {**kwargs, **(arguments or {})}
             with self._quantized_inputs(name, module):
                 output = functional_call(module, state, (hidden_NTH, *args), kwargs)
             hidden_NTH = output[0] if isinstance(output, tuple) else output

@@ -44,6 +44,35 @@ class WeightSource(Protocol):
         """Returns the tensor stored under a checkpoint key."""
         ...
 
+    def ignored(self) -> set[str]:
+        """Returns the keys of stored tensors that no part of the model takes, e.g. rotary tables of older releases."""
+        ...
+
+
+class StoredTensors(Mapping[str, Tensor]):
+    """The tensors of a folder by checkpoint key, each read when it is asked for. Files are mapped, not loaded."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.files = _weight_map(folder)
+        self._open: dict[str, Any] = {}
+
+    def __getitem__(self, key: str) -> Tensor:
+        file = self.files[key]
+        if file not in self._open:
+            self._open[file] = _open_file(self.folder / file)
+        handle = self._open[file]
+        try:
+            return handle[key] if isinstance(handle, dict) else handle.get_tensor(key)
+        except (KeyError, SafetensorError) as error:
+            raise CheckpointError(f"{self.folder}: {file} does not hold {key} ({error})") from error
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.files)
+
+    def __len__(self) -> int:
+        return len(self.files)
+
 
 class CheckpointSource:
     """A folder of safetensors (or pickled weights, converted once by torch's weights_only loader).
@@ -57,10 +86,25 @@ class CheckpointSource:
     """
 
     def __init__(self, folder: Path, *, trust_remote_code: bool = False) -> None:
+        self._fill(folder, StoredTensors(folder), meta_model(folder, trust_remote_code=trust_remote_code))
+
+    @classmethod
+    def reopened(
+        cls, folder: Path, stored: Mapping[str, Tensor], *, trust_remote_code: bool = False
+    ) -> CheckpointSource:
+        """Returns a source with the model of a written folder, quantized or not, and tensors from elsewhere.
+
+        Args:
+            stored: checkpoint key -> tensor, packed weights given dequantized.
+        """
+        source = cls.__new__(cls)
+        source._fill(folder, stored, structure_of(folder, trust_remote_code=trust_remote_code))
+        return source
+
+    def _fill(self, folder: Path, stored: Mapping[str, Tensor], model: nn.Module) -> None:
         self.folder: Path | None = folder
-        self.files = _weight_map(folder)
-        self.model = meta_model(folder, trust_remote_code=trust_remote_code)
-        self._open: dict[str, Any] = {}
+        self.stored = stored
+        self.model = model
         self._names, self._converted = self._map_keys()
 
     def _map_keys(self) -> tuple[dict[str, str | None], dict[str, str]]:
@@ -69,7 +113,7 @@ class CheckpointSource:
         meta = self.model.state_dict()
         names: dict[str, str | None] = {}
         converted = {}
-        for key in self.files:
+        for key in self.stored:
             target, pattern = _rename(key, renamings, converters, self.model, meta)
             names[key] = target if pattern is None and target in meta else None
             if pattern is not None:
@@ -82,11 +126,11 @@ class CheckpointSource:
 
     def read(self, key: str) -> Tensor:
         """Returns the tensor stored under a checkpoint key."""
-        handle = self._handle(key)
-        try:
-            return handle[key] if isinstance(handle, dict) else handle.get_tensor(key)
-        except (KeyError, SafetensorError) as error:
-            raise CheckpointError(f"{self.folder}: {self.files[key]} does not hold {key} ({error})") from error
+        return self.stored[key]
+
+    def ignored(self) -> set[str]:
+        """Returns the keys of stored tensors that no part of the model takes."""
+        return {key for key, name in self._names.items() if name is None and key not in self._converted}
 
     def tensors(self, prefix: str) -> dict[str, Tensor]:
         """Returns parameters and buffers below a module; an empty prefix means everything outside the blocks."""
@@ -130,13 +174,6 @@ class CheckpointSource:
         self.model.get_submodule(prefix).to("meta")
         return loaded
 
-    def _handle(self, key: str) -> Any:
-        file = self.files[key]
-        if file not in self._open:
-            assert self.folder is not None
-            self._open[file] = _open_file(self.folder / file)
-        return self._open[file]
-
 
 class ModuleSource:
     """A model in memory. Its tensors are handed out as they are; nobody changes them in place."""
@@ -153,6 +190,10 @@ class ModuleSource:
     def read(self, key: str) -> Tensor:
         """Returns the tensor that is stored under a checkpoint key."""
         return self._stored[key]
+
+    def ignored(self) -> set[str]:
+        """Returns nothing: a model holds no tensors that it does not take."""
+        return set()
 
     def tensors(self, prefix: str) -> dict[str, Tensor]:
         """Returns parameters and buffers below a module, by full name within the model."""
@@ -198,23 +239,42 @@ def resolve_folder(model: str) -> Path:
 
 
 def meta_model(folder: Path, *, trust_remote_code: bool) -> nn.Module:
-    """Returns the model of a folder with weights on the meta device and real buffers.
+    """Returns the model of an original folder with weights on the meta device and real buffers.
 
     Raises:
-        ConfigError: no config.json, or code in the folder that was not allowed to run.
+        ConfigError: no config.json, code in the folder that was not allowed to run, or a quantized model.
     """
-    from accelerate import init_empty_weights
-    from transformers import AutoConfig, AutoModelForCausalLM
+    stored = _stored_config(folder, trust_remote_code=trust_remote_code)
+    if stored.get("quantization_config"):
+        method = stored["quantization_config"].get("quant_method")
+        raise ConfigError(f"{folder} is quantized already ({method}). Give the original 16-bit model")
+    return structure_of(folder, trust_remote_code=trust_remote_code)
 
+
+def _stored_config(folder: Path, *, trust_remote_code: bool) -> dict[str, Any]:
+    """Returns config.json as it is stored, if the model's code may run."""
     if not (folder / "config.json").is_file():
         raise ConfigError(f"{folder} has no config.json: it is no model folder")
     stored = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     if stored.get("auto_map") and not trust_remote_code:
         raise ConfigError(f"{folder} brings its own model code. Read it, then allow it with --trust_remote_code")
-    if stored.get("quantization_config"):
-        method = stored["quantization_config"].get("quant_method")
-        raise ConfigError(f"{folder} is quantized already ({method}). Give the original 16-bit model")
+    return dict(stored)
+
+
+def structure_of(folder: Path, *, trust_remote_code: bool) -> nn.Module:
+    """Returns the model that config.json describes, as it was before quantization: linear layers are plain ones.
+
+    Raises:
+        ConfigError: no config.json, or code in the folder that was not allowed to run.
+        UnsupportedError: no causal language model that Transformers knows.
+    """
+    from accelerate import init_empty_weights
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    stored = _stored_config(folder, trust_remote_code=trust_remote_code)
     config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
     try:
         with init_empty_weights(include_buffers=False):
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)

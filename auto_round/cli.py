@@ -147,11 +147,13 @@ def _run(config: RunConfig, parsed: argparse.Namespace, *, plan_only: bool) -> i
     from auto_round.report import describe_memory
 
     session = pipeline.open_session(config)
-    pipeline.format_targets(session)
+    targets = pipeline.format_targets(session)
     if plan_only:
         print(describe(session.plan))
         print(describe_memory(session.plan, session.config))
         return 0
+    if parsed.ppl or parsed.tasks is not None:
+        evaluation.check_formats([target.exporter for target in targets])
     settings = _evaluation_settings(parsed, config.device, trust_remote_code=config.trust_remote_code)
     if parsed.tasks is not None:
         evaluation.require_task_packages()

@@ -14,6 +14,8 @@ from typing import Any
 from auto_round.errors import ConfigError, nearest
 from auto_round.schemes import QuantizationScheme, to_scheme
 
+FP8_CACHE = ("fp8", "float8_e4m3fn")
+
 
 def option(default: Any, text: str, *flags: str, off: str = "", kind: Any = None) -> Any:
     """Declares a field with its command-line form.
@@ -49,6 +51,9 @@ class SchemeConfig:
     act_dynamic: bool | None = option(None, "activation ranges computed at run time", off="--disable_act_dynamic")
     super_bits: int | None = option(None, "bits of scales of scales", kind=int)
     super_group_size: int | None = option(None, "scales that share a scale", kind=int)
+    static_kv_dtype: str | None = option(
+        None, "fp8: calibrated scales for an FP8 key/value cache go into the checkpoint", kind=str
+    )
     layer_config: Mapping[str, Any] = option(
         {},
         "JSON object or file: layer name, substring, glob or re:regex -> scheme fields, preset name or bits",
@@ -59,6 +64,10 @@ class SchemeConfig:
     to_quant_block_names: str | None = option(
         None, "comma separated block lists to quantize, e.g. model.layers (default: the decoder's)", kind=str
     )
+
+    def __post_init__(self) -> None:
+        if self.static_kv_dtype not in (None, *FP8_CACHE):
+            raise ConfigError(f"static_kv_dtype={self.static_kv_dtype!r} (allowed: fp8)")
 
     def base_scheme(self) -> QuantizationScheme:
         """Returns the scheme of layers that nothing else is said of.
@@ -168,6 +177,7 @@ class RunConfig:
     low_gpu_mem_usage: bool = option(False, "keep calibration activations in host memory")
     model_dtype: str | None = option(None, "precision that 16-bit tensors are written in: bf16, fp16, fp32", kind=str)
     max_shard_size: str = option("5GB", "largest size of a file of weights")
+    verify: bool = option(True, "reopen each written checkpoint and check it", off="--no_verify")
     trust_remote_code: bool = option(False, "run model code that comes with the checkpoint")
     scheme: SchemeConfig = dataclasses.field(default_factory=SchemeConfig)
     calib: CalibConfig = dataclasses.field(default_factory=CalibConfig)

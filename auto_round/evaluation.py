@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,8 @@ import torch
 from torch import Tensor
 
 from auto_round.device import compute_device
-from auto_round.errors import CalibrationError, ConfigError, require
+from auto_round.errors import CalibrationError, ConfigError, UnsupportedError, require
+from auto_round.formats import Exporter
 
 DEFAULT_TASKS = (
     "lambada_openai,hellaswag,winogrande,piqa,mmlu,wikitext,truthfulqa_mc1,openbookqa,boolq,arc_easy,arc_challenge"
@@ -80,13 +82,26 @@ def perplexity(model: Any, windows_NT: Tensor, *, batch_size: int = 8) -> float:
     return math.exp(total / (windows_NT.shape[0] * (windows_NT.shape[1] - 1)))
 
 
-def load_for_evaluation(model: str | Path, settings: EvalSettings) -> Any:
-    """Returns a model folder loaded through Transformers."""
-    from transformers import AutoModelForCausalLM
+def check_formats(exporters: Sequence[Exporter]) -> None:
+    """Raises UnsupportedError if a run would write formats that cannot be measured afterwards."""
+    names = [exporter.name for exporter in exporters if not exporter.capability.loads_here]
+    if names:
+        raise UnsupportedError(
+            f"{', '.join(names)} cannot be evaluated here, as Transformers does not load it. Leave out --ppl and "
+            "--tasks, or evaluate the same weights written with --format fake"
+        )
 
-    where = compute_device(settings.device)
+
+def load_for_evaluation(model: str | Path, settings: EvalSettings) -> Any:
+    """Returns a model folder loaded through Transformers; GPTQ and AWQ checkpoints by this package's own loader."""
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoRoundConfig
+
+    trust = settings.trust_remote_code
+    config = AutoConfig.from_pretrained(model, trust_remote_code=trust)
+    method = dict(getattr(config, "quantization_config", None) or {}).get("quant_method")
+    options = {"quantization_config": AutoRoundConfig()} if method in ("gptq", "awq") else {}
     loaded = AutoModelForCausalLM.from_pretrained(
-        model, dtype="auto", device_map=where, trust_remote_code=settings.trust_remote_code
+        model, dtype="auto", device_map=compute_device(settings.device), trust_remote_code=trust, **options
     )
     return loaded.eval()
 

@@ -25,15 +25,24 @@ from auto_round.config import RunConfig, parse_formats
 from auto_round.data_types.activations import stored_peak
 from auto_round.device import compute_device, compute_dtype
 from auto_round.errors import ConfigError
-from auto_round.formats import FormatTarget, export
+from auto_round.formats import FormatTarget, export, verify
 from auto_round.formats.export import HEAD_BLOCK, checked_targets
 from auto_round.models import discover
 from auto_round.plan import Plan, resolve
-from auto_round.schemes import QuantizationScheme
+from auto_round.progress import Progress
 from auto_round.store import RunStore
 from auto_round.tensors import BlockResult
-from auto_round.tuning import TuningTask, round_plain, round_searched, tune, tuner_for, with_quantized_inputs
+from auto_round.tuning import (
+    TuningTask,
+    quantizers_of,
+    round_plain,
+    round_searched,
+    tune,
+    tuner_for,
+    with_input_quantizers,
+)
 from auto_round.tuning.base import joined_peaks
+from auto_round.tuning.kv_cache import cache_scales
 
 logger = logging.getLogger(__name__)
 
@@ -108,12 +117,24 @@ def run(session: Session) -> RunResult:
     summaries = {name: store.load(name).summary() for name in store.finished()}
     if distributed.is_writer():
         for target in wanted:
-            export(target.exporter, target.folder, session.plan, session.source, store, config, session.tokenizer)
-            logger.info("wrote %s to %s", target.exporter.name, target.folder)
+            write(session, target, store)
         if not config.work_dir:
             store.remove()
     distributed.barrier()
     return RunResult(tuple(target.folder for target in wanted), summaries, seconds)
+
+
+def write(session: Session, target: FormatTarget, store: RunStore) -> None:
+    """Writes one format, then reopens and checks it unless told not to.
+
+    Raises:
+        VerificationError: what was written is not what was quantized.
+    """
+    exporter, folder, config = target.exporter, target.folder, session.config
+    export(exporter, folder, session.plan, session.source, store, config, session.tokenizer)
+    logger.info("wrote %s to %s", exporter.name, folder)
+    if config.verify:
+        verify(exporter, folder, plan=session.plan, source=session.source, store=store, config=config)
 
 
 def quantize(session: Session, work: Path) -> RunStore:
@@ -155,7 +176,7 @@ def _round_everything(session: Session, store: RunStore) -> None:
     """Plain rounding needs no activations: weights are read, rounded and stored one block after the other."""
     plan, source = session.plan, session.source
     device = compute_device(session.config.device)
-    progress = _Progress(len(plan.groups))
+    progress = Progress(len(plan.groups))
     for group in plan.groups:
         if not store.has(group[0]) and distributed.is_writer():
             entries = plan.in_group(group)
@@ -179,19 +200,21 @@ def _tune_everything(session: Session, store: RunStore, data: CalibrationSet) ->
         return
     tuner = tuner_for(config.tune)
     stream = _open_stream(session, data, quantized_chain=config.tune.enable_quanted_input and tuner.needs_targets)
-    progress = _Progress(len(plan.groups))
+    progress = Progress(len(plan.groups))
     for index, group in enumerate(plan.groups):
         block = stream.load(index)
         last = index == len(plan.groups) - 1 and not outside_left
         done = store.has(group[0])
         targets_NTH = stream.run(block, stream.original) if tuner.needs_targets or not last else None
         result = store.load(group[0]) if done else _tune_block(session, stream, block, targets_NTH)
-        if not done and distributed.is_writer():
-            store.save(group[0], result)
+        if not done:
+            result = _with_cache_scales(session, stream, block, result)
+            if distributed.is_writer():
+                store.save(group[0], result)
         distributed.barrier()
         if not last:
             assert targets_NTH is not None
-            quantized = with_quantized_inputs(block, *_schemes_and_peaks(result))
+            quantized = with_input_quantizers(block, quantizers_of(result))
             stream.advance(quantized, targets_NTH, _replaced(session, block, result))
         progress.report(block.name, result, resumed=done)
     if outside_left:
@@ -236,10 +259,13 @@ def _tune_block(session: Session, stream: BlockStream, block: Block, targets_NTH
     return dataclasses.replace(result, weights={name: weight.to("cpu") for name, weight in result.weights.items()})
 
 
-def _schemes_and_peaks(result: BlockResult) -> tuple[dict[str, QuantizationScheme], dict[str, Tensor]]:
-    schemes = {name: weight.scheme for name, weight in result.weights.items()}
-    peaks = {name: weight.input_peak for name, weight in result.weights.items() if weight.input_peak is not None}
-    return schemes, peaks
+def _with_cache_scales(session: Session, stream: BlockStream, block: Block, result: BlockResult) -> BlockResult:
+    """Returns the result with scales for an FP8 key/value cache, if they were asked for."""
+    if not session.plan.has_cache_scales:
+        return result
+    quantized = with_input_quantizers(block, quantizers_of(result))
+    scales = cache_scales(quantized, stream.quantized, stream.batches(), _replaced(session, block, result))
+    return dataclasses.replace(result, cache_scales={name: scale.to("cpu") for name, scale in scales.items()})
 
 
 def _replaced(session: Session, block: Block, result: BlockResult) -> dict[str, Tensor]:
@@ -297,6 +323,7 @@ def _open_store(work: Path, session: Session, data: CalibrationSet | None) -> Ru
         "model": _model_identity(session.source),
         "weights": {name: entry.scheme.to_dict() for name, entry in session.plan.quantized().items()},
         "groups": [list(group) for group in session.plan.groups],
+        "cache_scales": session.plan.has_cache_scales,
         "tune": dataclasses.asdict(session.config.tune) if data is not None else {"iters": 0, "disable_opt_rtn": True},
         "calibration": None if data is None else _data_identity(data),
         "world_size": distributed.world_size(),
@@ -361,24 +388,3 @@ def _deterministic() -> Iterator[None]:
     finally:
         torch.use_deterministic_algorithms(before, warn_only=warn_only)
         torch.utils.deterministic.fill_uninitialized_memory = fill
-
-
-class _Progress:
-    """Logs one line per finished block: losses, seconds, time left."""
-
-    def __init__(self, total: int) -> None:
-        self.total, self.done, self.timed = total, 0, 0
-        self.started = self.last = time.monotonic()
-
-    def report(self, name: str, result: BlockResult, *, resumed: bool = False) -> None:
-        now = time.monotonic()
-        self.done += 1
-        loss = "" if result.first_loss is None else f" loss {result.first_loss:.3e} -> {result.best_loss:.3e}"
-        left = (now - self.started) / self.done * (self.total - self.done)
-        state = " (from the interrupted run)" if resumed else ""
-        logger.info(
-            "block %d/%d %s%s%s, %.1f s, %.0f s left", self.done, self.total, name, loss, state, now - self.last, left
-        )
-        if result.note:
-            logger.warning("%s: %s", name, result.note)
-        self.last = now

@@ -78,6 +78,7 @@ class Plan:
         base: scheme of layers that nothing else was said of.
         structure: the model's blocks and layers.
         adjustments: what was changed from what was asked.
+        has_cache_scales: scales of an FP8 key/value cache are measured for each block.
         warnings: what works here but may not be taken by serving engines.
     """
 
@@ -87,6 +88,7 @@ class Plan:
     structure: ModelStructure
     adjustments: tuple[Adjustment, ...]
     warnings: tuple[str, ...]
+    has_cache_scales: bool = False
 
     def quantized(self) -> dict[str, PlanEntry]:
         """Returns weight parameter name -> entry for every weight that is quantized."""
@@ -103,9 +105,9 @@ class Plan:
 
     @property
     def needs_calibration(self) -> bool:
-        """Whether a layer's activations have ranges that are measured on calibration text."""
+        """Whether anything stored is measured on calibration text: ranges of activations, scales of a cache."""
         found = (entry.scheme.activation for entry in self.quantized().values())
-        return any(activation is not None and activation.needs_calibration for activation in found)
+        return self.has_cache_scales or any(one is not None and one.needs_calibration for one in found)
 
     def average_bits(self) -> float:
         """Returns the mean bits of a linear weight inside the blocks, scales and zero points counted."""
@@ -137,7 +139,10 @@ def resolve(structure: ModelStructure, config: SchemeConfig, *, nblocks: int = 1
     if problems:
         raise ConfigError("\n".join(problems))
     groups = [structure.blocks[start : start + nblocks] for start in range(0, len(structure.blocks), nblocks)]
-    return Plan(tuple(entries), tuple(groups), base, structure, tuple(adjustments), tuple(_fused_warnings(entries)))
+    return Plan(
+        tuple(entries), tuple(groups), base, structure, tuple(adjustments), tuple(_fused_warnings(entries)),
+        has_cache_scales=config.static_kv_dtype is not None,
+    )  # fmt: skip
 
 
 def matches(pattern: str, names: Iterable[str]) -> list[str]:

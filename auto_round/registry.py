@@ -24,14 +24,14 @@ class Registry(Generic[T]):
         """Returns a decorator that enters its argument under each of `names`.
 
         Raises:
-            ValueError: a name is taken.
+            ValueError: a name is taken; nothing is entered.
         """
 
         def enter(entry: T) -> T:
             for name in names:
                 if name in self._entries:
                     raise ValueError(f"{self.kind} '{name}' is registered twice")
-                self._entries[name] = entry
+            self._entries.update(dict.fromkeys(names, entry))
             return entry
 
         return enter

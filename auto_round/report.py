@@ -6,6 +6,8 @@ from auto_round.config import RunConfig
 from auto_round.plan import Plan, table
 from auto_round.schemes import PRESET_SCHEMES
 
+SHORT_DTYPES = {"torch.bfloat16": "bf16", "torch.float16": "fp16", "torch.float32": "fp32"}
+
 
 def describe_memory(plan: Plan, config: RunConfig) -> str:
     """Returns an estimate of the memory a run takes, from shapes alone.
@@ -39,12 +41,14 @@ def describe_memory(plan: Plan, config: RunConfig) -> str:
 
 
 def describe_formats() -> str:
-    """Returns the table of export formats."""
+    """Returns the table of export formats, made from what each declares, and a line on each."""
     from auto_round.formats import EXPORTERS
 
-    rows = [("format", "what it is")]
-    rows += [(name, exporter.summary) for name, exporter in EXPORTERS.items()]
-    return table(rows)
+    described = {name: exporter.capability.describe() for name, exporter in EXPORTERS.items()}
+    columns = next(iter(described.values()))
+    what = [f"{name}: {exporter.summary}" for name, exporter in EXPORTERS.items()]
+    rows = [("format", *columns), *((name, *cells.values()) for name, cells in described.items())]
+    return "\n".join([table(rows), "", *what])
 
 
 def describe_schemes() -> str:
@@ -63,11 +67,23 @@ def describe_datasets() -> str:
 
 
 def describe_backends() -> str:
-    """Returns the table of inference backends."""
-    from auto_round.inference.backends import BACKENDS
+    """Returns the table of inference backends, the highest priority on this machine first."""
+    from auto_round.inference.backends import all_backends
 
-    rows = [("backend", "devices", "bits", "layouts", "priority")]
-    for name, backend in BACKENDS.items():
-        bits, layouts = ",".join(map(str, sorted(backend.bits))), ",".join(sorted(backend.layouts))
-        rows.append((name, ",".join(sorted(backend.devices)), bits, layouts, str(backend.priority)))
+    rows = [("backend", "also called", "devices", "bits", "layouts", "symmetric", "dtypes", "needs", "priority")]
+    for backend in all_backends():
+        state = "not installed" if backend.missing() else "installed"
+        rows.append(
+            (
+                backend.name,
+                ", ".join(backend.aliases),
+                ", ".join(sorted(backend.devices)),
+                ", ".join(map(str, sorted(backend.bits))),
+                ", ".join(sorted(backend.layouts)),
+                ", ".join("yes" if sym else "no" for sym in sorted(backend.sym, reverse=True)),
+                ", ".join(sorted(SHORT_DTYPES[dtype] for dtype in map(str, backend.dtypes))),
+                f"{backend.packages()} ({state})" if backend.requires else "nothing",
+                str(backend.rank()),
+            )
+        )
     return table(rows)

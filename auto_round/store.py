@@ -82,8 +82,8 @@ class RunStore:
                 tensor = getattr(weight, field)
                 if tensor is not None:
                     tensors[f"{name}|{field}"] = tensor.cpu().contiguous()
-        for name, tensor in result.plain.items():
-            tensors[f"{name}|plain"] = tensor.cpu().contiguous()
+        for kind, found in (("plain", result.plain), ("cache_scale", result.cache_scales)):
+            tensors |= {f"{name}|{kind}": tensor.cpu().contiguous() for name, tensor in found.items()}
         metadata = {"schemes": json.dumps(schemes), "summary": json.dumps(result.summary())}
         partial = self._file(block).with_suffix(".partial")
         save_file(tensors, str(partial), metadata=metadata)
@@ -104,6 +104,23 @@ class RunStore:
         except SafetensorError as error:
             raise CheckpointError(f"{self._file(block)} is damaged ({error}). Remove it; --resume redoes it") from error
 
+    def cache_scales(self, block: str) -> dict[str, Tensor]:
+        """Returns only the scales of an FP8 key/value cache of a finished block."""
+        with safe_open(self._file(block), framework="pt") as handle:
+            return _ending(handle, "|cache_scale")
+
+    def plain(self, block: str) -> dict[str, Tensor]:
+        """Returns only the tuned 16-bit values of a finished block; its codes stay packed on disk.
+
+        Raises:
+            CheckpointError: the block's file is damaged.
+        """
+        try:
+            with safe_open(self._file(block), framework="pt") as handle:
+                return _ending(handle, "|plain")
+        except SafetensorError as error:
+            raise CheckpointError(f"{self._file(block)} is damaged ({error}). Remove it; --resume redoes it") from error
+
     def _load(self, block: str) -> BlockResult:
         weights: dict[str, QuantizedTensor] = {}
         with safe_open(self._file(block), framework="pt") as handle:
@@ -117,8 +134,9 @@ class RunStore:
                 fields: dict[str, Any] = dict.fromkeys(TENSOR_FIELDS[1:])
                 fields |= {field: handle.get_tensor(f"{name}|{field}") for field in stored}
                 weights[name] = QuantizedTensor(codes=codes, scheme=scheme, **fields)
-            plain = {key.removesuffix("|plain"): handle.get_tensor(key) for key in keys if key.endswith("|plain")}
-        return BlockResult(weights, plain, **json.loads(metadata["summary"]))
+            plain = _ending(handle, "|plain")
+            cache_scales = _ending(handle, "|cache_scale")
+        return BlockResult(weights, plain, cache_scales=cache_scales, **json.loads(metadata["summary"]))
 
     def finished(self) -> Iterator[str]:
         """Yields the names of finished blocks, in name order of their files."""
@@ -148,6 +166,11 @@ class RunStore:
             return dict(json.loads(file.read_text(encoding="utf-8")))
         except ValueError as error:
             raise CheckpointError(f"{file} is damaged ({error}). Start anew without --resume") from error
+
+
+def _ending(handle: Any, end: str) -> dict[str, Tensor]:
+    """Returns the tensors whose stored names have an ending, by what stands before it."""
+    return {key.removesuffix(end): handle.get_tensor(key) for key in handle.keys() if key.endswith(end)}
 
 
 def _plain(fingerprint: Mapping[str, Any]) -> dict[str, Any]:

@@ -48,7 +48,12 @@ def measure(arguments: argparse.Namespace, options: dict[str, Any], seed: int) -
     started = time.monotonic()
     if options:
         options = {"nsamples": nsamples, "seqlen": arguments.seqlen, **options}
-        AutoRound(model, tokenizer, dataset=data, seed=seed, device=device, **options).quantize()
+        quantizer = AutoRound(model, tokenizer, dataset=data, seed=seed, device=device, **options)
+        quantizer.quantize()
+        for name, quantize_input in quantizer.input_quantizers().items():
+            model.get_submodule(name).register_forward_pre_hook(
+                lambda _module, inputs, quantize_input=quantize_input: (quantize_input(inputs[0]),)
+            )
     seconds = time.monotonic() - started
     scores = {}
     for text in arguments.text:

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from auto_round.checkpoint import CheckpointSource, ModuleSource, copy_side_files, resolve_folder
 from auto_round.errors import CheckpointError, ConfigError
@@ -188,7 +188,7 @@ def test_a_truncated_shard_is_reported_when_it_is_read(any_model, tmp_path):
     file = max(tmp_path.glob("*.safetensors"))
     file.write_bytes(file.read_bytes()[:-50])
     source = CheckpointSource(tmp_path)
-    (key,) = [key for key, shard in source.files.items() if shard == file.name][:1]
+    (key,) = [key for key, shard in source.stored.files.items() if shard == file.name][:1]
     with pytest.raises(CheckpointError, match=f"{file.name} cannot be read"):
         source.read(key)
 
@@ -277,6 +277,29 @@ def test_a_quantized_model_is_refused_by_its_method(any_model, tmp_path):
     edit_config(tmp_path, quantization_config={"quant_method": "gptq", "bits": 4})
     with pytest.raises(ConfigError, match=r"quantized already \(gptq\)"):
         CheckpointSource(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "qwen3_moe"])
+def test_a_quantized_folder_is_reopened_with_tensors_from_elsewhere(any_model, kind, tmp_path):
+    model = any_model(kind)
+    model.config.save_pretrained(tmp_path)
+    edit_config(tmp_path, quantization_config={"quant_method": "gptq", "bits": 4})
+    memory = ModuleSource(model)
+    source = CheckpointSource.reopened(tmp_path, {key: memory.read(key) for key in memory.keys()})
+    check_same_tensors(source, model)
+    assert source.keys() == memory.keys()
+    assert not hasattr(source.model.config, "quantization_config")
+
+
+def test_stored_tensors_that_no_part_of_the_model_takes_are_known(any_model, tmp_path):
+    """Experts take part in the model, although no single parameter has their name."""
+    any_model("mixtral").save_pretrained(tmp_path)
+    assert CheckpointSource(tmp_path).ignored() == set()
+    extra = "model.layers.0.self_attn.rotary_emb.inv_freq"
+    file = tmp_path / "model.safetensors"
+    save_file({**load_file(file), extra: torch.ones(8)}, file)
+    assert CheckpointSource(tmp_path).ignored() == {extra}
+    assert ModuleSource(any_model("mixtral")).ignored() == set()
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -23,10 +23,11 @@ FLAGS = {
     "--eval_bs", "--format", "--formats", "--fp_layers", "--gradient_accumulate_steps", "--group_size", "--help",
     "--ignore_layers", "--iter", "--iters", "--layer_config", "--low_gpu_mem_usage", "--lr", "--lr_scheduler",
     "--max_shard_size", "--minmax_lr", "--mllm", "--model", "--model_dtype", "--model_name", "--model_name_or_path",
-    "--nblocks", "--not_use_best_mse", "--nsample", "--nsamples", "--output_dir", "--ppl", "--ppl_seqlen",
-    "--ppl_tokens", "--quant_lm_head", "--recipe", "--resume", "--sampler", "--scale_dtype", "--scheme", "--seed",
+    "--nblocks", "--no_verify", "--not_use_best_mse", "--nsample", "--nsamples", "--output_dir", "--ppl",
+    "--ppl_seqlen", "--ppl_tokens", "--quant_lm_head", "--recipe", "--resume", "--sampler", "--scale_dtype",
+    "--scheme", "--seed",
     "--seq_len", "--seqlen", "--super_bits", "--super_group_size", "--sym", "--task", "--tasks",
-    "--to_quant_block_names", "--train_bs", "--trust_remote_code", "--work_dir", "-h",
+    "--to_quant_block_names", "--train_bs", "--trust_remote_code", "--verify", "--work_dir", "-h",
 }  # fmt: skip
 
 
@@ -236,6 +237,12 @@ def test_missing_packages_for_tasks_are_told_before_any_work(folder, capsys, tmp
     monkeypatch.setattr(pipeline, "run", lambda *_: pytest.fail("worked before checking"))
     options = ["--model", folder, "--output_dir", str(tmp_path / "out"), "--tasks", "piqa"]
     assert "pip install auto-round[eval]" in fails(capsys, *options)
+
+
+def test_a_format_that_cannot_be_measured_is_told_before_any_work(folder, capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(pipeline, "run", lambda *_: pytest.fail("worked before checking"))
+    options = ["--model", folder, "--format", "mlx", "--group_size", "32", "--output_dir", str(tmp_path / "out")]
+    assert "mlx cannot be evaluated here" in fails(capsys, *options, "--ppl", str(tmp_path / "eval.txt"))
 
 
 def test_a_problem_in_a_process_of_its_own_has_no_traceback():

@@ -13,6 +13,7 @@ from auto_round.errors import AutoRoundError, MissingDependencyError, nearest, r
         "MissingDependencyError",
         "ResumeMismatchError",
         "UnsupportedError",
+        "VerificationError",
     ],
 )
 def test_every_error_is_caught_by_the_common_base(name):

@@ -9,9 +9,17 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from auto_round import evaluation
-from auto_round.errors import CalibrationError, ConfigError, MissingDependencyError
-from auto_round.evaluation import EvalSettings, perplexity, perplexity_of_folder, task_scores, text_windows
+from auto_round import AutoRound, evaluation
+from auto_round.errors import CalibrationError, ConfigError, MissingDependencyError, UnsupportedError
+from auto_round.evaluation import (
+    EvalSettings,
+    check_formats,
+    perplexity,
+    perplexity_of_folder,
+    task_scores,
+    text_windows,
+)
+from auto_round.formats import EXPORTERS
 
 
 @pytest.fixture(scope="module")
@@ -84,6 +92,26 @@ def test_perplexity_of_a_folder_loads_model_and_tokenizer(make_model, tokenizer,
     tokenizer.save_pretrained(tmp_path / "model")
     found = perplexity_of_folder(tmp_path / "model", text, EvalSettings(seqlen=16, device="cpu", batch_size=2))
     assert found == pytest.approx(direct_perplexity(model, torch.arange(2, 50).view(3, 16)), rel=1e-5)
+
+
+@pytest.mark.parametrize("name", ["auto_gptq", "auto_awq"])
+def test_checkpoints_of_other_engines_are_measured_without_them(make_model, tokenizer, text, tmp_path, name):
+    """Transformers alone would ask for optimum or gptqmodel."""
+    make_model().save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    rounding = {"iters": 0, "disable_opt_rtn": True, "group_size": 32, "device": "cpu"}
+    rounder = AutoRound(str(tmp_path / "model"), **rounding)
+    _, folders = rounder.quantize_and_save(tmp_path / "out", format=f"{name},fake")
+    settings = EvalSettings(seqlen=16, device="cpu")
+    packed, fake = (perplexity_of_folder(folder, text, settings) for folder in folders)
+    # The model is float32, and so are the weights of both.
+    assert packed == pytest.approx(fake, rel=1e-5)
+
+
+def test_a_format_that_transformers_does_not_load_is_refused_before_a_run():
+    check_formats([EXPORTERS["auto_gptq"], EXPORTERS["fake"]])
+    with pytest.raises(UnsupportedError, match=r"mlx cannot be evaluated here.*--format fake"):
+        check_formats([EXPORTERS["auto_gptq"], EXPORTERS["mlx"]])
 
 
 def test_a_missing_text_of_a_folder_is_told_before_its_weights_are_loaded(make_model, tokenizer, tmp_path, monkeypatch):

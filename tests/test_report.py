@@ -4,7 +4,7 @@ from auto_round import report
 from auto_round.calibration import DATASETS
 from auto_round.config import RunConfig
 from auto_round.formats import EXPORTERS
-from auto_round.inference.backends import BACKENDS
+from auto_round.inference.backends import all_backends
 from auto_round.models import discover
 from auto_round.plan import resolve
 from auto_round.schemes import PRESET_SCHEMES
@@ -20,7 +20,7 @@ def test_columns_are_as_wide_as_their_widest_cell():
         (report.describe_formats, list(EXPORTERS)),
         (report.describe_schemes, list(PRESET_SCHEMES)),
         (report.describe_datasets, [name for name, _ in DATASETS.items()]),
-        (report.describe_backends, [name for name, _ in BACKENDS.items()]),
+        (report.describe_backends, [backend.name for backend in all_backends()]),
     ],
     ids=["formats", "schemes", "datasets", "backends"],
 )
@@ -30,6 +30,16 @@ def test_a_table_has_one_line_for_each_registered_name(describe, names):
     assert set(names) <= set(first)
     assert len(first) == len(set(first))
     assert all(line == line.rstrip() for line in lines)
+
+
+def test_the_table_of_formats_is_made_from_what_they_declare():
+    heading, *lines = report.describe_formats().splitlines()
+    starts = [heading.index(column) for column in ("bits", "group size", "lm_head", "loads in")]
+    (gptq,) = [line for line in lines if line.startswith("auto_gptq ")]
+    cells = [gptq[start:].split("  ")[0] for start in starts]
+    assert cells[:3] == ["2, 3, 4, 8", "32, 64, 128, 256, 512, 1024, row", "yes"]
+    assert cells[3].startswith("GPTQModel")
+    assert f"auto_gptq: {EXPORTERS['auto_gptq'].summary}" in lines
 
 
 def test_a_scheme_is_described_by_its_fields():

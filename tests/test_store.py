@@ -55,6 +55,15 @@ def test_what_is_loaded_is_exactly_what_was_saved(tmp_path):
         assert loaded.plain[name].dtype == tensor.dtype
 
 
+def test_tuned_values_are_read_without_the_codes(tmp_path):
+    store = RunStore(tmp_path, OPTIONS, resume=False)
+    saved = block_result()
+    store.save("model.layers.0", saved)
+    found = store.plain("model.layers.0")
+    assert found.keys() == saved.plain.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in saved.plain.items())
+
+
 def test_a_result_without_tensors_is_kept_too(tmp_path):
     store = RunStore(tmp_path, OPTIONS, resume=False)
     store.save("model.layers.0", BlockResult({}))
@@ -191,6 +200,8 @@ def test_a_damaged_block_is_reported_as_such(tmp_path):
     file.write_bytes(file.read_bytes()[:-100])
     with pytest.raises(CheckpointError, match="b"):
         store.load("b")
+    with pytest.raises(CheckpointError, match=r"b\.safetensors is damaged"):
+        store.plain("b")
 
 
 def test_a_damaged_fingerprint_is_reported_as_such(tmp_path):

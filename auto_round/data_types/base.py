@@ -18,7 +18,7 @@ from torch import Tensor
 
 from auto_round.registry import Registry
 from auto_round.schemes import QuantizationScheme
-from auto_round.tensors import QuantizedTensor
+from auto_round.tensors import GroupSize, QuantizedTensor, to_groups
 
 # Smallest magnitude of a scale: float16 keeps 7 significant bits there. A group of zeros gets this scale. They are
 # powers of two, because each must be a number of its dtype: what is stored has to be what was tuned.
@@ -68,10 +68,15 @@ class DataType(Protocol):
         self,
         weight_OI: Tensor,
         scheme: QuantizationScheme,
-        importance_I: Tensor | None,
+        importance: Tensor | None,
         tensor_peak: Tensor | None = None,
     ) -> Range:
-        """Returns the range with the least squared error, each input channel weighted by `importance_I` (I,)."""
+        """Returns the range with the least squared error of the layer's output.
+
+        Args:
+            importance: (I,) mean square of each input channel, or (G, K, K) mean products of the channels of each
+                group; None weighs all channels alike.
+        """
         ...
 
     def trainable(self, weight_OI: Tensor, scheme: QuantizationScheme) -> dict[str, Tensor]:
@@ -98,6 +103,33 @@ DATA_TYPES: Registry[DataType] = Registry("data type")
 # Searches work on so many elements at a time: on a CPU the float32 intermediates stay in its cache, on a GPU in
 # moderate memory.
 CHUNK_ELEMENTS = {"cpu": 1 << 17, "gpu": 1 << 25}
+
+
+def grouped_importance(importance: Tensor | None, weight_OI: Tensor, group_size: GroupSize) -> Tensor:
+    """Returns (1, G, K) mean squares of input channels, or (G, K, K) mean products, as they were given; float32."""
+    if importance is not None and importance.ndim == 3:
+        return importance.float()
+    squares_I = weight_OI.new_ones(weight_OI.shape[1], dtype=torch.float32) if importance is None else importance
+    return to_groups(squares_I.float()[None], group_size)
+
+
+def squares_of(importance: Tensor, grouped_OGK: Tensor) -> Tensor:
+    """Returns (1, G, K) mean squares: what is given if it is that, else the diagonal of the products."""
+    if _is_squares(importance, grouped_OGK):
+        return importance
+    return torch.diagonal(importance, dim1=1, dim2=2)[None]
+
+
+def weighted(importance: Tensor, values_OGK: Tensor) -> Tensor:
+    """Returns (O, G, K): values times the importance of their channels; products of channels are summed over."""
+    if _is_squares(importance, values_OGK):
+        return importance * values_OGK
+    return torch.einsum("ogk,gkl->ogl", values_OGK, importance)
+
+
+def _is_squares(importance: Tensor, grouped_OGK: Tensor) -> bool:
+    """Whether importance is (1, G, K); products (G, K, K) have another first size, or with one group another second."""
+    return importance.shape[0] == 1 and importance.shape[1] == grouped_OGK.shape[1]
 
 
 def row_pieces(grouped_OGK: Tensor) -> list[slice]:

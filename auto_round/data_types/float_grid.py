@@ -14,7 +14,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from auto_round.data_types.base import Params, RoundingState, row_pieces
+from auto_round.data_types.base import Params, RoundingState, grouped_importance, row_pieces, weighted
 from auto_round.elements import ELEMENTS, Element
 from auto_round.schemes import QuantizationScheme
 from auto_round.tensors import GroupSize, from_groups, to_groups
@@ -79,7 +79,7 @@ def fake_quantize(weight_OI: Tensor, scheme: QuantizationScheme, scale_OG1: Tens
     element = element_of(scheme)
     moved = _moved(weight_OI, scheme, scale_OG1, params, element)
     inside = moved.clamp(-element.largest, element.largest)
-    levels = inside + (element.round(inside) - inside).detach()
+    levels = inside + (element.round(inside.detach()) - inside).detach()
     return from_groups(scale_OG1 * levels, weight_OI.shape[1])
 
 
@@ -100,19 +100,17 @@ def rounding_state(weight_OI: Tensor, scheme: QuantizationScheme, scale_OG1: Ten
 
 
 def best_scale(
-    weight_OI: Tensor, scheme: QuantizationScheme, importance_I: Tensor | None, candidates: Iterable[Tensor]
+    weight_OI: Tensor, scheme: QuantizationScheme, importance: Tensor | None, candidates: Iterable[Tensor]
 ) -> Tensor:
     """Returns, for each group, the candidate scale with the least weighted squared error, the first one among equals.
 
     Args:
-        importance_I: (I,) weight of each input channel's error; None weighs all alike.
+        importance: as in `data_types.base.DataType.search_range`.
         candidates: (O, G, 1) scales each, as they are stored.
     """
     element = element_of(scheme)
     x = to_groups(weight_OI.float(), scheme.group_size)
-    if importance_I is None:
-        importance_I = weight_OI.new_ones(weight_OI.shape[1], dtype=torch.float32)
-    importance = to_groups(importance_I.float()[None], scheme.group_size)
+    importance = grouped_importance(importance, weight_OI, scheme.group_size)
     best, least = None, None
     for scale in candidates:
         error = torch.cat([_error(x[rows], importance, scale[rows], element) for rows in row_pieces(x)])
@@ -128,7 +126,7 @@ def best_scale(
 
 def _error(x: Tensor, importance: Tensor, scale: Tensor, element: Element) -> Tensor:
     residual = scale * element.round(x / scale) - x
-    return torch.linalg.vecdot(importance * residual, residual).unsqueeze(-1)
+    return torch.linalg.vecdot(weighted(importance, residual), residual).unsqueeze(-1)
 
 
 def _moved(

@@ -46,13 +46,13 @@ class Fp8DataType:
         self,
         weight_OI: Tensor,
         scheme: QuantizationScheme,
-        importance_I: Tensor | None,
+        importance: Tensor | None,
         tensor_peak: Tensor | None = None,
     ) -> Range:
         """Returns the scale with the least weighted squared error among shifts of the grid."""
         start = self.minmax_range(weight_OI, scheme, tensor_peak)["scale"]
         candidates = (_stored(start * ratio, scheme) for ratio in TRIED_RATIOS)
-        return {"scale": float_grid.best_scale(weight_OI, scheme, importance_I, candidates)}
+        return {"scale": float_grid.best_scale(weight_OI, scheme, importance, candidates)}
 
     def trainable(self, weight_OI: Tensor, scheme: QuantizationScheme) -> dict[str, Tensor]:
         """Returns rounding (O, G, K) zeros and max_scale ones, one for each scale, float32."""

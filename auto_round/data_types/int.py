@@ -14,7 +14,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from auto_round.data_types.base import DATA_TYPES, MIN_SCALE, Params, Range, RoundingState, cast_ste, round_ste
+from auto_round.data_types.base import (
+    DATA_TYPES,
+    MIN_SCALE,
+    Params,
+    Range,
+    RoundingState,
+    cast_ste,
+    grouped_importance,
+    round_ste,
+)
 from auto_round.data_types.int_search import search_asymmetric, search_symmetric
 from auto_round.schemes import QuantizationScheme
 from auto_round.tensors import QuantizedTensor, from_groups, to_groups
@@ -58,10 +67,10 @@ class IntDataType:
         self,
         weight_OI: Tensor,
         scheme: QuantizationScheme,
-        importance_I: Tensor | None,
+        importance: Tensor | None,
         tensor_peak: Tensor | None = None,  # noqa: ARG002
     ) -> Range:
-        """Returns the range of least weighted squared error; `importance_I` None weighs all channels alike.
+        """Returns the range of least weighted squared error; `importance` None weighs all channels alike.
 
         One scale per tensor (group_size 0) has no search: its range is `minmax_range`.
         """
@@ -69,9 +78,7 @@ class IntDataType:
         if scheme.group_size == 0:
             return start
         grouped = to_groups(weight_OI.float(), scheme.group_size)
-        if importance_I is None:
-            importance_I = weight_OI.new_ones(weight_OI.shape[1], dtype=torch.float32)
-        importance = to_groups(importance_I.float()[None], scheme.group_size)
+        importance = grouped_importance(importance, weight_OI, scheme.group_size)
         if scheme.sym:
             scale = search_symmetric(grouped, importance, scheme, start["scale"])
             return {"scale": _away_from_zero(scale, scheme)}

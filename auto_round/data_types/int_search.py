@@ -5,7 +5,10 @@ candidate on a grid of ratios of the min-max scale is rounded once and judged at
 refined by rounding and refitting in turn. Both signs of a symmetric scale are tried, because the side with one level
 more need not be the side of the largest weight. See docs/algorithms.md.
 
-Shapes: grouped (O, G, K), importance (1, G, K), scales (O, G, 1); all float32.
+The importance of a group's channels is their mean squares, or the mean products of any two of them: the error of the
+layer's output is then exact within the group, not only for channels that are independent.
+
+Shapes: grouped (O, G, K), importance (1, G, K) or (G, K, K), scales (O, G, 1); all float32.
 """
 
 from __future__ import annotations
@@ -13,9 +16,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from auto_round.data_types.base import MIN_SCALE, cast_ste, row_pieces
+from auto_round.data_types.base import MIN_SCALE, cast_ste, row_pieces, squares_of, weighted
 from auto_round.schemes import QuantizationScheme
 
+# Around what the search over single channels found, products of channels choose again.
+NEAR_RATIOS = (0.8, 0.85, 0.9, 0.95, 0.975, 1.0, 1.025, 1.05, 1.1, 1.15, 1.2)
 SYMMETRIC_RATIOS = tuple(0.3 + 0.025 * step for step in range(41))
 ASYMMETRIC_RATIOS = tuple(0.4 + 0.05 * step for step in range(15))
 REFINE_ROUNDS = 2
@@ -28,16 +33,27 @@ def search_symmetric(grouped: Tensor, importance: Tensor, scheme: QuantizationSc
     Args:
         start: (O, G, 1) the min-max scale; it is among the candidates.
     """
-    pieces = row_pieces(grouped)
-    return torch.cat([_search_symmetric(grouped[rows], importance, scheme, start[rows]) for rows in pieces])
+    found = []
+    for rows in row_pieces(grouped):
+        x, squares = grouped[rows], squares_of(importance, grouped)
+        scale = _search_symmetric(x, squares, scheme, start[rows])
+        if importance is not squares:
+            scale = _near_symmetric(x, importance, scheme, scale)
+        found.append(scale)
+    return torch.cat(found)
 
 
 def search_asymmetric(
     grouped: Tensor, importance: Tensor, scheme: QuantizationScheme, low: Tensor, high: Tensor, min_zero: int
 ) -> tuple[Tensor, Tensor]:
     """Returns (O, G, 1) positive scales and (O, G, 1) zero points in [min_zero, 2**bits - 1]."""
-    pieces = row_pieces(grouped)
-    found = [_search_asymmetric(grouped[r], importance, scheme, low[r], high[r], min_zero) for r in pieces]
+    found = []
+    for rows in row_pieces(grouped):
+        x, squares = grouped[rows], squares_of(importance, grouped)
+        scale, zero = _search_asymmetric(x, squares, scheme, low[rows], high[rows], min_zero)
+        if importance is not squares:
+            scale, zero = _near_asymmetric(x, importance, scheme, scale, zero, min_zero)
+        found.append((scale, zero))
     return torch.cat([scale for scale, _ in found]), torch.cat([zero for _, zero in found])
 
 
@@ -49,9 +65,9 @@ def _refit(
     The error leaves out the constant sum(w x x). Few bits leave errors far above the rounding of these sums; for more
     the squares are summed one by one.
     """
-    weighted = importance * levels
-    cross = torch.linalg.vecdot(weighted, x).unsqueeze(-1)
-    power = torch.linalg.vecdot(weighted, levels).unsqueeze(-1)
+    pulled = weighted(importance, levels)
+    cross = torch.linalg.vecdot(pulled, x).unsqueeze(-1)
+    power = torch.linalg.vecdot(pulled, levels).unsqueeze(-1)
     refitted = cross / power.clamp(min=1e-30)
     usable = (power > 0) & (refitted * scale > 0)
     refitted = cast_ste(torch.where(usable, refitted, scale), scheme.scale_dtype)
@@ -65,11 +81,11 @@ def _refit(
 def _error(x: Tensor, importance: Tensor, levels: Tensor, scale: Tensor, scheme: QuantizationScheme) -> Tensor:
     """Returns the weighted squared error, (O, G, 1), in the form that `_refit` compares."""
     if scheme.bits <= CLOSED_FORM_BITS:
-        weighted = importance * levels
-        power, cross = torch.linalg.vecdot(weighted, levels), torch.linalg.vecdot(weighted, x)
+        pulled = weighted(importance, levels)
+        power, cross = torch.linalg.vecdot(pulled, levels), torch.linalg.vecdot(pulled, x)
         return scale * (scale * power.unsqueeze(-1) - 2 * cross.unsqueeze(-1))
     residual = scale * levels - x
-    return torch.linalg.vecdot(importance * residual, residual).unsqueeze(-1)
+    return torch.linalg.vecdot(weighted(importance, residual), residual).unsqueeze(-1)
 
 
 def _search_symmetric(x: Tensor, importance: Tensor, scheme: QuantizationScheme, start: Tensor) -> Tensor:
@@ -116,6 +132,43 @@ def _search_asymmetric(
     for _ in range(REFINE_ROUNDS):
         scale, error = _refit(x, importance, levels_for(best_scale, best_zero), best_scale, scheme)
         best_scale, best_error = _keep_better(best_scale, best_error, scale, error)
+    return best_scale, best_zero
+
+
+def _near_symmetric(x: Tensor, importance: Tensor, scheme: QuantizationScheme, scale: Tensor) -> Tensor:
+    """Returns the best of neighbouring scales under products of channels."""
+    half = 2 ** (scheme.bits - 1)
+
+    def levels_for(candidate: Tensor) -> Tensor:
+        return (x / candidate).round_().clamp_(-half, half - 1)
+
+    best, best_error = scale, _error(x, importance, levels_for(scale), scale, scheme)
+    for ratio in NEAR_RATIOS:
+        refitted, _ = _refit(x, importance, levels_for(scale * ratio), scale * ratio, scheme)
+        # Codes are rounded again for the refitted scale, and products make much of a few codes that change.
+        error = _error(x, importance, levels_for(refitted), refitted, scheme)
+        best, best_error = _keep_better(best, best_error, refitted, error)
+    return best
+
+
+def _near_asymmetric(
+    x: Tensor, importance: Tensor, scheme: QuantizationScheme, scale: Tensor, zero: Tensor, min_zero: int
+) -> tuple[Tensor, Tensor]:
+    """Returns the best of neighbouring scales and zero points under products of channels."""
+    top = 2**scheme.bits - 1
+
+    def levels_for(candidate: Tensor, at: Tensor) -> Tensor:
+        return (x / candidate).round_().add_(at).clamp_(0, top).sub_(at)
+
+    best_scale, best_zero = scale, zero
+    best_error = _error(x, importance, levels_for(scale, zero), scale, scheme)
+    for ratio in NEAR_RATIOS:
+        for offset in (-1, 0, 1):
+            candidate, at = scale * ratio, (zero + offset).clamp(min_zero, top)
+            refitted, _ = _refit(x, importance, levels_for(candidate, at), candidate, scheme)
+            error = _error(x, importance, levels_for(refitted, at), refitted, scheme)
+            best_zero = torch.where(error < best_error, at, best_zero)
+            best_scale, best_error = _keep_better(best_scale, best_error, refitted, error)
     return best_scale, best_zero
 
 

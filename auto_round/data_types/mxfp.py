@@ -56,14 +56,14 @@ class MxDataType:
         self,
         weight_OI: Tensor,
         scheme: QuantizationScheme,
-        importance_I: Tensor | None,
+        importance: Tensor | None,
         tensor_peak: Tensor | None = None,
     ) -> Range:
         """Returns the scale with the least weighted squared error among neighbouring exponents."""
         start = self.minmax_range(weight_OI, scheme, tensor_peak)["scale"]
         low, high = (2.0**exponent for exponent in EXPONENT_LIMITS)
         candidates = [(start * 2.0**change).clamp(low, high) for change in TRIED_EXPONENTS]
-        return {"scale": float_grid.best_scale(weight_OI, scheme, importance_I, candidates)}
+        return {"scale": float_grid.best_scale(weight_OI, scheme, importance, candidates)}
 
     def trainable(self, weight_OI: Tensor, scheme: QuantizationScheme) -> dict[str, Tensor]:
         """Returns rounding (O, G, K) zeros and max_scale (O, G, 1) ones, float32."""

@@ -49,14 +49,14 @@ class NvFp4DataType:
         self,
         weight_OI: Tensor,
         scheme: QuantizationScheme,
-        importance_I: Tensor | None,
+        importance: Tensor | None,
         tensor_peak: Tensor | None = None,
     ) -> Range:
         """Returns the stored scales with the least weighted squared error among neighbouring E4M3 numbers."""
         start = self.minmax_range(weight_OI, scheme, tensor_peak)
         whole, codes = start["global_scale"], E4M3.encode(start["scale"]).to(torch.int32)
         tried = (E4M3.decode((codes + step).clamp(1, LARGEST_CODE)) for step in TRIED_STEPS)
-        best = float_grid.best_scale(weight_OI, scheme, importance_I, (stored / whole for stored in tried))
+        best = float_grid.best_scale(weight_OI, scheme, importance, (stored / whole for stored in tried))
         return {"scale": E4M3.round(best * whole), "global_scale": whole}
 
     def trainable(self, weight_OI: Tensor, scheme: QuantizationScheme) -> dict[str, Tensor]:
@@ -92,7 +92,7 @@ def global_scale(peak: Tensor) -> Tensor:
 def _stored_scale(range_: Range, params: Params) -> Tensor:
     """Returns the E4M3 number nearest to range times clip factor; the gradient passes unchanged."""
     wanted = (range_["scale"] * params["max_scale"]).clamp(SMALLEST_SCALE, E4M3.largest)
-    return wanted + (E4M3.round(wanted) - wanted).detach()
+    return wanted + (E4M3.round(wanted.detach()) - wanted).detach()
 
 
 DATA_TYPES.register("nv_fp")(NvFp4DataType())

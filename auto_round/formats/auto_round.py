@@ -12,19 +12,25 @@ import dataclasses
 from typing import Any
 
 from auto_round import __version__
-from auto_round.config import RunConfig
-from auto_round.formats.base import EXPORTERS, activation_fields, differing_fields, head_entry, layout_refusals
-from auto_round.formats.llm_compressor import compressed_layout, compressed_refusals
+from auto_round.config import CalibConfig, RunConfig
+from auto_round.formats.base import EXPORTERS, Container, activation_fields, differing_fields, head_entry, refusals
+from auto_round.formats.capability import Capability, SchemeSet
+from auto_round.formats.llm_compressor import COMPRESSED_TENSORS, compressed_layout, compressed_refusals
+from auto_round.formats.run_record import run_record
 from auto_round.layouts import LAYOUTS, Layout
+from auto_round.layouts.gptq import GptqLayout
 from auto_round.plan import Plan
 from auto_round.schemes import QuantizationScheme
 
+GPTQ, AWQ, GPTQ_ZP = "auto_round:auto_gptq", "auto_round:auto_awq", "auto_round:gptqmodel"
 COMPRESSED = "auto_round:llm_compressor"
-LAYOUT_OF_PACKING = {
-    "auto_round:auto_gptq": "gptq",
-    "auto_round:auto_awq": "awq",
-    "auto_round:gptqmodel": "gptq_zp",
+# The third one has g_idx, as checkpoints of GPTQModel do.
+LAYOUT_OF_PACKING: dict[str, Layout] = {
+    GPTQ: LAYOUTS["gptq"],
+    AWQ: LAYOUTS["awq"],
+    GPTQ_ZP: GptqLayout("gptq_zp", zero_offset=0, group_index=True),
 }
+CONTAINER = Container(bias_dtype="float16")
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -37,7 +43,9 @@ class AutoRoundFormat:
 
     name: str
     summary: str
+    capability: Capability
     packing: str | None = None
+    container: Container = CONTAINER
 
     def packing_for(self, plan: Plan) -> str:
         """Returns the packing_format of the whole checkpoint."""
@@ -47,21 +55,27 @@ class AutoRoundFormat:
         if any(scheme.data_type != "int" or scheme.quantizes_activations for scheme in schemes):
             return COMPRESSED
         if all(scheme.bits == 4 and not scheme.sym for scheme in schemes):
-            return "auto_round:auto_awq"
-        return "auto_round:auto_gptq"
+            return AWQ
+        return GPTQ
 
     def layout_for(self, scheme: QuantizationScheme, plan: Plan) -> Layout | None:
         """Returns the layout of the packing_format."""
         packing = self.packing_for(plan)
-        return compressed_layout(scheme) if packing == COMPRESSED else LAYOUTS[LAYOUT_OF_PACKING[packing]]
+        return compressed_layout(scheme) if packing == COMPRESSED else LAYOUT_OF_PACKING[packing]
 
     def refusals(self, plan: Plan) -> list[str]:
         """Returns what the layout cannot hold."""
-        return compressed_refusals(plan) if self.packing_for(plan) == COMPRESSED else layout_refusals(self, plan)
+        return (
+            compressed_refusals(plan, self.capability) if self.packing_for(plan) == COMPRESSED else refusals(self, plan)
+        )
+
+    def warnings(self, plan: Plan) -> list[str]:  # noqa: ARG002
+        """Returns nothing: all engines read the same."""
+        return []
 
     def quantization_config(self, plan: Plan, config: RunConfig) -> dict[str, Any]:
         """Returns the keys that vLLM, SGLang and Transformers read, and those of the tuning that are not defaults."""
-        base, tune = plan.base, config.tune
+        base = plan.base
         entries: dict[str, Any] = {
             "bits": base.bits if base.is_quantized else 4,
             "data_type": base.data_type,
@@ -69,20 +83,10 @@ class AutoRoundFormat:
             "sym": base.sym,
             **activation_fields(base),
         }
-        described = {"iters": tune.iters, "nsamples": config.calib.nsamples, "seqlen": config.calib.seqlen}
-        described |= {
-            "batch_size": tune.batch_size,
-            "lr": tune.lr,
-            "minmax_lr": tune.minmax_lr,
-            "nblocks": tune.nblocks,
-        }
-        described |= {"gradient_accumulate_steps": tune.gradient_accumulate_steps, "seed": tune.seed}
-        described |= {"enable_quanted_input": tune.enable_quanted_input, "enable_alg_ext": tune.enable_alg_ext}
-        described |= {"enable_minmax_tuning": tune.enable_minmax_tuning, "scale_dtype": f"torch.{base.scale_dtype}"}
-        described |= {"enable_norm_bias_tuning": tune.enable_norm_bias_tuning}
-        entries |= {name: value for name, value in described.items() if value != DEFAULTS.get(name)}
-        if isinstance(config.calib.dataset, str) and tune.needs_calibration:
-            entries["dataset"] = config.calib.dataset
+        entries |= run_record(plan, config)
+        dataset = config.calib.dataset
+        if isinstance(dataset, str) and dataset != CalibConfig().dataset and config.tune.needs_calibration:
+            entries["dataset"] = dataset
         entries["autoround_version"] = __version__
         entries["block_name_to_quantize"] = ",".join(plan.structure.block_lists)
         entries["quant_method"] = "auto-round"
@@ -96,22 +100,27 @@ class AutoRoundFormat:
         return entries | ({"extra_config": extra} if extra else {})
 
 
-# Values that need not be said in a checkpoint.
-DEFAULTS = {
-    "nsamples": 128, "seqlen": 2048, "batch_size": 8, "lr": None, "minmax_lr": None, "nblocks": 1, "iters": 200,
-    "gradient_accumulate_steps": 1, "seed": 42, "enable_quanted_input": True, "enable_alg_ext": False,
-    "enable_minmax_tuning": True, "enable_norm_bias_tuning": False, "scale_dtype": "torch.float16",
-}  # fmt: skip
-
-
-def _register(name: str, summary: str, packing: str | None = None) -> None:
-    EXPORTERS.register(name)(AutoRoundFormat(name, summary, packing))
-
-
-_register("auto_round", "Transformers, vLLM, SGLang; the layout is chosen by scheme")
-_register("auto_round:auto_gptq", "as auto_round, GPTQ tensors (zero points stored minus one)", "auto_round:auto_gptq")
-_register("auto_round:auto_awq", "as auto_round, AWQ tensors (4 bits only)", "auto_round:auto_awq")
-_register(COMPRESSED, "as auto_round, compressed-tensors tensors: FP8, MXFP4, MXFP8, NVFP4, integers", COMPRESSED)
-_register(
-    "auto_round:gptqmodel", "GPTQ tensors with zero points as they are; Transformers only", "auto_round:gptqmodel"
+INTEGERS = Capability(
+    schemes=(SchemeSet(),),
+    loads_in="Transformers; vLLM, SGLang where they have a kernel",
+    outside=True,
+    partial_groups=True,
 )
+FOUR_BITS = dataclasses.replace(INTEGERS, schemes=(SchemeSet(bits=frozenset({4})),))
+HERE_ONLY = dataclasses.replace(INTEGERS, loads_in="Transformers")
+
+
+def _register(name: str, summary: str, capability: Capability, packing: str | None) -> None:
+    EXPORTERS.register(name)(AutoRoundFormat(name, summary, capability, packing))
+
+
+EVERYTHING = dataclasses.replace(INTEGERS, schemes=(*INTEGERS.schemes, *COMPRESSED_TENSORS.schemes[1:]))
+HERE_AND_VLLM = dataclasses.replace(
+    COMPRESSED_TENSORS, loads_in="Transformers; vLLM, SGLang where they have a kernel", cache_scales=False
+)
+
+_register("auto_round", "this package's own format, its tensors chosen by scheme", EVERYTHING, None)
+_register("auto_round:auto_gptq", "the same, GPTQ tensors (zero points stored minus one)", INTEGERS, GPTQ)
+_register("auto_round:auto_awq", "the same, AWQ tensors", FOUR_BITS, AWQ)
+_register(COMPRESSED, "the same, tensors of compressed-tensors", HERE_AND_VLLM, COMPRESSED)
+_register("auto_round:gptqmodel", "the same, GPTQ tensors with zero points as they are", HERE_ONLY, GPTQ_ZP)

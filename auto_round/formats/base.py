@@ -12,10 +12,26 @@ from typing import Any, Protocol
 
 from auto_round.config import RunConfig
 from auto_round.errors import UnsupportedError
+from auto_round.formats.capability import Capability, counted
 from auto_round.layouts import Layout
 from auto_round.plan import Plan, PlanEntry
 from auto_round.registry import Registry
 from auto_round.schemes import QuantizationScheme
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Container:
+    """What a format writes besides packed weights, and how.
+
+    Attributes:
+        config_keys: keys of config.json that hold the quantization config.
+        config_files: files beside config.json that repeat it.
+        bias_dtype: of the biases of quantized layers; None: as in the original.
+    """
+
+    config_keys: tuple[str, ...] = ("quantization_config",)
+    config_files: tuple[str, ...] = ("quantization_config.json",)
+    bias_dtype: str | None = None
 
 
 class Exporter(Protocol):
@@ -31,12 +47,26 @@ class Exporter(Protocol):
         """One line for the table of formats."""
         ...
 
+    @property
+    def capability(self) -> Capability:
+        """What it can hold."""
+        ...
+
+    @property
+    def container(self) -> Container:
+        """What it writes besides packed weights."""
+        ...
+
     def layout_for(self, scheme: QuantizationScheme, plan: Plan) -> Layout | None:
         """Returns the layout of weights with this scheme, or None when they are written dequantized."""
         ...
 
     def refusals(self, plan: Plan) -> list[str]:
-        """Returns why the format cannot hold the plan, each reason with layer counts; empty when it can."""
+        """Returns why the format cannot hold the plan, by its capability and what is not data; empty when it can."""
+        ...
+
+    def warnings(self, plan: Plan) -> list[str]:
+        """Returns which of its engines will not take what it can hold; empty when all do."""
         ...
 
     def quantization_config(self, plan: Plan, config: RunConfig) -> dict[str, Any] | None:
@@ -62,9 +92,9 @@ def targets(names: tuple[str, ...], output_dir: Path) -> list[FormatTarget]:
         ConfigError: an unknown format.
         UnsupportedError: a format that is gone; the message names the alternative.
     """
-    gone = [name for name in names if name.split(":")[0] in GONE]
-    if gone:
-        raise UnsupportedError("; ".join(f"format {name} is not written: {GONE[name.split(':')[0]]}" for name in gone))
+    gone = {name: GONE.get(name, GONE.get(name.split(":")[0])) for name in names}
+    if any(gone.values()):
+        raise UnsupportedError("; ".join(f"format {name} is not written: {why}" for name, why in gone.items() if why))
     exporters = [EXPORTERS[name] for name in names]
     if len(exporters) == 1:
         return [FormatTarget(exporters[0], output_dir)]
@@ -77,28 +107,53 @@ def folder_name(format_name: str) -> str:
     return format_name.replace(":", "-").replace("_", "-")
 
 
-def check(plan: Plan, exporters: list[Exporter]) -> None:
-    """Raises UnsupportedError with every reason of every format that cannot hold the plan."""
-    reasons = [f"{exporter.name}: {reason}" for exporter in exporters for reason in exporter.refusals(plan)]
-    if reasons:
-        raise UnsupportedError("\n".join(reasons))
-
-
-def layout_refusals(exporter: Exporter, plan: Plan) -> list[str]:
-    """Returns the refusals of the layouts that a format would use, equal reasons joined with a layer count."""
+def refusals(exporter: Exporter, plan: Plan) -> list[str]:
+    """Returns why a format cannot hold a plan: by what it declares, else by what its layouts say of single weights."""
+    texts = exporter.capability.refusals(plan)
+    if texts:
+        return texts
     grouped: dict[str, list[PlanEntry]] = {}
     for entry in plan.quantized().values():
         layout = exporter.layout_for(entry.scheme, plan)
         reason = layout.refuses(entry.scheme, entry.layer.shape) if layout is not None else None
-        if reason is None and entry.scheme.quantizes_activations:
-            reason = f"act_bits={entry.scheme.act_bits} (only 16)"
         if reason:
             grouped.setdefault(reason, []).append(entry)
-    advice = "Use --format auto_round, or give these layers another scheme with layer_config"
     return [
-        f"cannot store {reason} for {len(entries)} layers, e.g. {entries[0].layer.name}. {advice}"
+        f"cannot store {reason} for {counted(entries)}. Give these layers another scheme with --layer_config"
         for reason, entries in grouped.items()
     ]
+
+
+def copied_dtype(exporter: Exporter, plan: Plan, parameter: str | None, asked: str | None) -> str | None:
+    """Returns the dtype in which a floating-point tensor is written that is not packed; None: as it is.
+
+    Args:
+        parameter: its name within the model, if it is one of its parameters.
+        asked: dtype of --model_dtype.
+    """
+    own = exporter.container.bias_dtype
+    if own is not None and parameter is not None and parameter.endswith(".bias"):
+        if parameter.removesuffix("bias") + "weight" in plan.quantized():
+            return own
+    return asked
+
+
+def check(plan: Plan, exporters: list[Exporter]) -> None:
+    """Raises UnsupportedError with every reason of every format that cannot hold the plan, and the formats that can."""
+    lines = []
+    for exporter in exporters:
+        reasons = exporter.refusals(plan)
+        lines += [f"{exporter.name}: {reason}" for reason in reasons]
+        if reasons:
+            lines.append(f"{exporter.name}: this holds everything that was asked: {', '.join(holders(plan))}")
+    if lines:
+        raise UnsupportedError("\n".join(lines))
+
+
+def holders(plan: Plan) -> list[str]:
+    """Returns `--format` and name of each format that can hold a plan, the default first and fake last."""
+    able = [name for name, exporter in EXPORTERS.items() if name == exporter.name and not exporter.refusals(plan)]
+    return [f"--format {name}" for name in sorted(able, key=lambda name: (name == "fake", name != "auto_round"))]
 
 
 def differing_fields(scheme: QuantizationScheme, base: QuantizationScheme) -> dict[str, Any]:
@@ -140,8 +195,10 @@ def head_entry(plan: Plan) -> Mapping[str, dict[str, Any]]:
     return found
 
 
-# Formats of earlier releases whose engines are no longer maintained.
+# Formats of other releases, by their name or what stands before the colon -> why, and what to use.
 GONE = {
     "itrex": "its engine is unmaintained. Use auto_round, which runs on CPUs through Transformers",
     "itrex_xpu": "its engine is unmaintained. Use auto_round, which runs on CPUs through Transformers",
+    "auto_round:mlx": "no engine but MLX reads its tensors. Use mlx, which mlx-lm loads",
+    "svdquant_nunchaku": "it is for diffusion models, which are not quantized. Use auto_round for language models",
 }

@@ -5,7 +5,9 @@ Reads block by block and writes shards as they fill, so memory stays at one shar
 
 from __future__ import annotations
 
+import functools
 import json
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,11 +18,13 @@ from torch import Tensor
 from auto_round.checkpoint import WeightSource, copy_side_files
 from auto_round.config import MODEL_DTYPES, RunConfig, parse_size
 from auto_round.errors import ConfigError
-from auto_round.formats.base import Exporter, FormatTarget, check, targets
+from auto_round.formats.base import EXPORTERS, Exporter, FormatTarget, check, copied_dtype, targets
 from auto_round.plan import Plan
 from auto_round.shards import ShardWriter, clear_weights
 from auto_round.store import RunStore
 from auto_round.tensors import BlockResult, QuantizedTensor
+
+logger = logging.getLogger(__name__)
 
 HEAD_BLOCK = "outside_blocks"
 
@@ -45,7 +49,7 @@ def export(
     check_not_source(folder, source)
     folder.mkdir(parents=True, exist_ok=True)
     clear_weights(folder)
-    dtype = getattr(torch, MODEL_DTYPES[config.model_dtype]) if config.model_dtype else None
+    asked = MODEL_DTYPES[config.model_dtype] if config.model_dtype else None
     writer = ShardWriter(folder, parse_size(config.max_shard_size))
     owner = _owners(plan)
     keys = source.keys()
@@ -55,10 +59,13 @@ def export(
     for block, block_keys in by_block.items():
         result = store.load(block) if block and store.has(block) else BlockResult({})
         for key in block_keys:
-            for stored_key, tensor in _exported(exporter, plan, key, keys[key], source, result).items():
-                writer.add(stored_key, _in_dtype(stored_key, tensor, dtype))
-    for stored_key, tensor in _untied_head(exporter, plan, source, store).items():
-        writer.add(stored_key, _in_dtype(stored_key, tensor, dtype))
+            dtype = _torch_dtype(copied_dtype(exporter, plan, keys[key], asked))
+            for stored_key, tensor in _exported(exporter, plan, key, keys[key], source, result, dtype).items():
+                writer.add(stored_key, tensor)
+        for scale_name, scale in result.cache_scales.items():
+            writer.add(scale_name, scale)
+    for stored_key, tensor in _untied_head(exporter, plan, source, store, _torch_dtype(asked)).items():
+        writer.add(stored_key, tensor)
     writer.close()
     _write_configs(exporter, folder, plan, source, config)
     if source.folder is not None:
@@ -78,7 +85,16 @@ def checked_targets(names: tuple[str, ...], output_dir: Path, plan: Plan, source
     for target in wanted:
         check_not_source(target.folder, source)
     check(plan, [target.exporter for target in wanted])
+    for target in wanted:
+        for text in target.exporter.warnings(plan):
+            _warn_once(f"{target.exporter.name}: {text}", id(plan))
     return wanted
+
+
+@functools.lru_cache(maxsize=16)
+def _warn_once(text: str, plan: int) -> None:  # noqa: ARG001
+    """Logs a warning once for each plan: a run checks its formats twice, before its data are read and after."""
+    logger.warning("%s", text)
 
 
 def check_not_source(folder: Path, source: WeightSource) -> None:
@@ -87,11 +103,8 @@ def check_not_source(folder: Path, source: WeightSource) -> None:
         raise ConfigError(f"{folder} holds the original model, which would be lost. Give another --output_dir")
 
 
-def _in_dtype(key: str, tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
-    """Returns a tensor in the precision that was asked for; codes and scales stay what their layout says."""
-    packed = tensor.itemsize == 1 or key.endswith((".scales", "_scale"))
-    keep = dtype is None or not tensor.is_floating_point() or packed
-    return tensor if keep else tensor.to(dtype)
+def _torch_dtype(name: str | None) -> torch.dtype | None:
+    return None if name is None else getattr(torch, name)
 
 
 def _owners(plan: Plan) -> Any:
@@ -110,15 +123,26 @@ def _owners(plan: Plan) -> Any:
 
 
 def _exported(
-    exporter: Exporter, plan: Plan, key: str, name: str | None, source: WeightSource, result: BlockResult
+    exporter: Exporter,
+    plan: Plan,
+    key: str,
+    name: str | None,
+    source: WeightSource,
+    result: BlockResult,
+    dtype: torch.dtype | None,
 ) -> dict[str, Tensor]:
-    """Returns what is written in place of one stored tensor."""
+    """Returns what is written in place of one stored tensor.
+
+    Args:
+        dtype: of the tensors that are not packed; None: as the source stores them.
+    """
     weight = result.weights.get(name or "")
     if weight is None:
-        return {key: result.plain[name] if name in result.plain else source.read(key)}
+        tensor = result.plain[name] if name in result.plain else source.read(key)
+        return {key: tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor}
     original = source.read(key)
     transposed = next(e.layer.transposed for e in plan.entries if e.layer.parameter == name)
-    return _packed(exporter, plan, key.removesuffix(".weight"), weight, original.dtype, transposed)
+    return _packed(exporter, plan, key.removesuffix(".weight"), weight, dtype or original.dtype, transposed)
 
 
 def _packed(
@@ -131,17 +155,17 @@ def _packed(
     return {f"{layer}.{local}": tensor for local, tensor in layout.pack(weight).items()}
 
 
-def _untied_head(exporter: Exporter, plan: Plan, source: WeightSource, store: RunStore) -> dict[str, Tensor]:
+def _untied_head(
+    exporter: Exporter, plan: Plan, source: WeightSource, store: RunStore, dtype: torch.dtype | None
+) -> dict[str, Tensor]:
     """Returns the tensors of a quantized output layer that the source does not store because it is tied."""
-    keys = {name: key for key, name in source.keys().items() if name is not None}
-    parameters = dict(source.model.named_parameters(remove_duplicate=False))
+    stored = set(source.keys().values())
     tensors: dict[str, Tensor] = {}
     for name, entry in plan.outside().items():
-        if name not in keys:
+        if name not in stored:
             weight = store.load(HEAD_BLOCK).weights[name]
-            twin = next(other for other in keys if parameters.get(other) is parameters[name])
-            dtype = source.read(keys[twin]).dtype
-            tensors |= _packed(exporter, plan, entry.layer.name, weight, dtype, entry.layer.transposed)
+            own_dtype = dtype or source.tensors(entry.layer.name)[name].dtype
+            tensors |= _packed(exporter, plan, entry.layer.name, weight, own_dtype, entry.layer.transposed)
     return tensors
 
 
@@ -158,10 +182,12 @@ def _write_configs(exporter: Exporter, folder: Path, plan: Plan, source: WeightS
     if config.model_dtype is not None:
         model_config["dtype"] = MODEL_DTYPES[config.model_dtype]
     quantization = exporter.quantization_config(plan, config)
-    (folder / "quantization_config.json").unlink(missing_ok=True)  # of an earlier export
+    for stale in {file for _, other in EXPORTERS.items() for file in other.container.config_files}:
+        (folder / stale).unlink(missing_ok=True)  # of an earlier export
     if quantization is not None:
-        model_config["quantization_config"] = quantization
-        _write_json(folder / "quantization_config.json", quantization)
+        model_config |= dict.fromkeys(exporter.container.config_keys, quantization)
+        for file in exporter.container.config_files:
+            _write_json(folder / file, quantization)
     _write_json(folder / "config.json", model_config)
 
 

@@ -14,7 +14,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from auto_round.config import RunConfig
-from auto_round.formats.base import EXPORTERS
+from auto_round.formats.base import EXPORTERS, Container
+from auto_round.formats.capability import NO_CACHE_SCALES, Capability, SchemeSet
 from auto_round.layouts import LAYOUTS, Layout
 from auto_round.plan import Plan, PlanEntry
 from auto_round.schemes import STATIC_GLOBAL_SCALE, ActivationScheme, QuantizationScheme
@@ -32,6 +33,54 @@ COMPRESSION_FORMATS = {
 }
 FP8_WEIGHT_ONLY = "naive-quantized"  # the same tensors; the name that compressed-tensors gives them without activations
 SCALE_DTYPES = {"mx_fp": "torch.uint8", "nv_fp": "torch.float8_e4m3fn"}
+# Keys and values under one calibrated scale for each layer, `k_scale` and `v_scale` beside its projections.
+FP8_CACHE = {"dynamic": False, "num_bits": 8, "strategy": "tensor", "symmetric": True, "type": "float"}
+NO_GROUPS: frozenset[int | tuple[int, int]] = frozenset()
+EIGHT, SIXTEEN = frozenset({8}), frozenset({16})
+SYM, DYNAMIC, STATIC = frozenset({True}), frozenset({True}), frozenset({False})
+
+
+def _float_set(name: str, bits: int, group: int, act_type: set[str]) -> SchemeSet:
+    """Returns the schemes of an MX or NVFP4 type: weights alone, or activations of the same width."""
+    return SchemeSet(
+        data_types=frozenset({name}), bits=frozenset({bits}), sym=SYM, group_sizes=frozenset({group}), per_row=False,
+        act_bits=frozenset({bits, 16}), act_data_types=frozenset(act_type), act_group_sizes=frozenset({group}),
+        act_dynamic=DYNAMIC,
+    )  # fmt: skip
+
+
+FP8 = SchemeSet(data_types=frozenset({"fp"}), bits=EIGHT, sym=SYM, group_sizes=NO_GROUPS, per_tensor=True)
+QUANTIZED_FP8 = dataclasses.replace(FP8, act_bits=EIGHT, act_data_types=frozenset({"fp"}))
+INT_TO_INT = SchemeSet(
+    act_bits=frozenset({4, 8}), act_data_types=frozenset({"int"}),
+    act_group_sizes=frozenset({-1}), act_dynamic=DYNAMIC,
+)  # fmt: skip
+COMPRESSED_TENSORS = Capability(
+    schemes=(
+        SchemeSet(),
+        INT_TO_INT,
+        dataclasses.replace(
+            INT_TO_INT, bits=EIGHT, sym=SYM, group_sizes=NO_GROUPS, act_bits=EIGHT, act_group_sizes=frozenset({0}),
+            act_dynamic=STATIC,
+        ),
+        FP8,
+        dataclasses.replace(QUANTIZED_FP8, act_group_sizes=frozenset({-1}), act_dynamic=DYNAMIC),
+        dataclasses.replace(QUANTIZED_FP8, act_group_sizes=frozenset({0}), act_dynamic=STATIC),
+        dataclasses.replace(
+            QUANTIZED_FP8, group_sizes=frozenset({(128, 128)}), per_row=False, per_tensor=False,
+            act_bits=frozenset({8, 16}), act_group_sizes=frozenset({128}), act_dynamic=DYNAMIC,
+        ),
+        _float_set("mx_fp", 4, 32, {"mx_fp", "mx_fp_rceil"}),
+        _float_set("mx_fp", 8, 32, {"mx_fp", "mx_fp_rceil"}),
+        _float_set("nv_fp", 4, 16, {STATIC_GLOBAL_SCALE}),
+    ),
+    loads_in="Transformers with compressed-tensors, vLLM, SGLang",
+    loads_here=True,
+    outside=True,
+    transposed=False,
+    cache_scales=True,
+)  # fmt: skip
+CONTAINER = Container()
 BY_SCHEME = "Give these layers another scheme with --scheme or --layer_config, or use --format fake"
 BY_LAYER = "Keep these layers in 16 bits with --fp_layers"
 
@@ -41,7 +90,9 @@ class LlmCompressorFormat:
     """Checkpoints with quant_method "compressed-tensors"."""
 
     name: str = "llm_compressor"
-    summary: str = "compressed-tensors: Transformers, vLLM, SGLang; integers, FP8, MXFP4, MXFP8, NVFP4"
+    summary: str = "compressed-tensors, as llm-compressor writes it"
+    capability: Capability = COMPRESSED_TENSORS
+    container: Container = CONTAINER
 
     def layout_for(self, scheme: QuantizationScheme, plan: Plan) -> Layout | None:  # noqa: ARG002
         """Returns the layout of a scheme's compression format."""
@@ -49,7 +100,11 @@ class LlmCompressorFormat:
 
     def refusals(self, plan: Plan) -> list[str]:
         """Returns what no compression format holds."""
-        return compressed_refusals(plan)
+        return compressed_refusals(plan, self.capability)
+
+    def warnings(self, plan: Plan) -> list[str]:  # noqa: ARG002
+        """Returns nothing: its engines read the same."""
+        return []
 
     def quantization_config(self, plan: Plan, config: RunConfig) -> dict[str, Any]:  # noqa: ARG002
         """Returns the QuantizationConfig of compressed-tensors."""
@@ -59,7 +114,7 @@ class LlmCompressorFormat:
             "config_groups": groups,
             "format": formats.pop() if len(formats) == 1 else "mixed-precision",
             "ignore": ignored(plan),
-            "kv_cache_scheme": None,  # QuantizationArgs of keys and values, once their scales are calibrated
+            "kv_cache_scheme": dict(FP8_CACHE) if plan.has_cache_scales else None,
             "provider": "auto-round",
             "quant_method": "compressed-tensors",
             "quantization_status": "compressed",
@@ -172,16 +227,17 @@ def ignored(plan: Plan) -> list[str]:
     return [*linear, *(rf"re:{re.escape(name)}(?:\..*)?$" for name in dict.fromkeys(others))]
 
 
-def compressed_refusals(plan: Plan) -> list[str]:
+def compressed_refusals(plan: Plan, capability: Capability) -> list[str]:
     """Returns why a plan cannot be held, equal reasons joined with a layer count, each with what to do."""
     grouped: dict[tuple[str, str], list[PlanEntry]] = {}
     for entry in plan.quantized().values():
         for refusal in _refusals_of(entry):
             grouped.setdefault(refusal, []).append(entry)
-    return [
+    texts = [
         f"cannot store {reason} for {len(entries)} layers, e.g. {entries[0].layer.name}. {advice}"
         for (reason, advice), entries in grouped.items()
     ]
+    return texts + ([NO_CACHE_SCALES] if plan.has_cache_scales and not capability.cache_scales else [])
 
 
 def _refusals_of(entry: PlanEntry) -> list[tuple[str, str]]:

@@ -183,8 +183,9 @@ def read_config(config: Any) -> CheckpointConfig:
         skipped=tuple(_flat(values.get("modules_to_not_convert", ()))),
         only=tuple(_flat(values.get("modules_in_block_to_quantize", ()))),
         lm_head=bool(values.get("lm_head", False)),
-        # auto-round's own configs have no desc_act, and their checkpoints no g_idx.
-        group_index=layout != "awq" and "desc_act" in values,
+        # auto-round's own configs have no desc_act, and their checkpoints no g_idx, but for one packing format.
+        group_index=layout != "awq"
+        and ("desc_act" in values or values.get("packing_format") == "auto_round:gptqmodel"),
         act_order=bool(values.get("desc_act", False)) and not values.get("static_groups", False),
     )
     _check_patterns(result)

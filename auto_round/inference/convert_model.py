@@ -6,19 +6,23 @@ their buffers by name, `post_init` makes the kernels.
 
 from __future__ import annotations
 
+import functools
+import logging
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from auto_round.errors import CheckpointError, UnsupportedError
 from auto_round.inference.config import CheckpointConfig, read_config
 from auto_round.inference.layer import LayerSpec, QuantizedLinear
-from auto_round.inference.select import select_backends
+from auto_round.inference.select import AUTO, hint, kernel_for, select_backends
 from auto_round.layouts import LAYOUTS
+
+logger = logging.getLogger(__name__)
 
 ACCELERATORS = ("cuda", "xpu", "hpu", "mps")
 
@@ -53,9 +57,15 @@ def convert_hf_model(model: nn.Module, target_device: str = "cpu") -> tuple[nn.M
     specs = _layer_specs(model, config, target_device)
     _check(model, specs, config)
     backends = select_backends(specs, config.backend)
+    better = hint(specs, backends) if config.backend == AUTO else None
+    if better:
+        logger.warning(better)
+    # For layers that are moved or cast later.
+    choose_kernel = functools.partial(kernel_for, name=config.backend)
     for spec in specs:
         device = model.get_submodule(spec.name).weight.device
-        model.set_submodule(spec.name, QuantizedLinear(spec, backends[spec.name].prepare, device))
+        layer = QuantizedLinear(spec, backends[spec.name].prepare, device, choose_kernel)
+        model.set_submodule(spec.name, layer)
     counts = Counter(backend.name for backend in backends.values())
     return model, [name for name, _ in counts.most_common()]
 
@@ -74,6 +84,9 @@ def post_init(model: nn.Module, used_backends: Sequence[str]) -> None:  # noqa: 
     for layer in _quantized_layers(model):
         if layer.qweight.is_meta:
             raise UnsupportedError(f"{layer.spec.name} was offloaded to disk; load with offload_buffers=False")
+        if layer.spec.group_index and _is_loaded(layer.qweight) and not _is_loaded(layer.g_idx):
+            # Else memory that was another layer's index before would be taken for the one of this layer.
+            layer.g_idx.fill_(-1)
         layer.settle()
         layer.prepare()
 
@@ -161,6 +174,11 @@ def _quantized_layers(model: nn.Module) -> list[QuantizedLinear]:
     return [module for module in model.modules() if isinstance(module, QuantizedLinear)]
 
 
+def _is_loaded(tensor: Tensor) -> bool:
+    """Whether Transformers marked a tensor as filled from the checkpoint."""
+    return hasattr(tensor, "_is_hf_initialized")
+
+
 def _check_loaded(model: nn.Module) -> None:
     """Raises CheckpointError if Transformers left tensors uninitialised.
 
@@ -170,7 +188,7 @@ def _check_loaded(model: nn.Module) -> None:
     if getattr(model, "hf_device_map", None) and len(set(model.hf_device_map.values())) > 1:
         return
     loaded = {
-        f"{layer.spec.name}.{name}": hasattr(tensor, "_is_hf_initialized")
+        f"{layer.spec.name}.{name}": _is_loaded(tensor)
         for layer in _quantized_layers(model)
         for name, tensor in layer.named_buffers(recurse=False)
         if name != "g_idx"

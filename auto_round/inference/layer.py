@@ -1,18 +1,20 @@
 """The linear layer of a loaded checkpoint: the packed tensors as buffers, and the kernel that multiplies with them.
 
-The buffers are the checkpoint's own tensors from load to save, whatever a kernel prepares beside them, so `state_dict`
-and `save_pretrained` give back what was loaded.
+`state_dict` and `save_pretrained` give back the checkpoint's own tensors, whatever a kernel makes of them: either they
+stay as they are beside it, or the kernel holds the weight instead and can tell its codes (`WeightKernel`).
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from auto_round.errors import CheckpointError
+from auto_round.inference.bit_unpack import pack_awq_columns, pack_rows
 from auto_round.layouts import LAYOUTS
 from auto_round.schemes import QuantizationScheme
 from auto_round.tensors import effective_group_size
@@ -69,16 +71,29 @@ class LayerSpec:
         return result
 
 
+class WeightKernel(nn.Module):
+    """A kernel that holds the codes of its layer in a packing of its own, so that the layer need not hold them too."""
+
+    def codes(self) -> Tensor:
+        """Returns (O, I) uint8 codes, input features in the checkpoint's order."""
+        raise NotImplementedError
+
+
 class QuantizedLinear(nn.Module):
     """A linear layer with a packed weight.
 
     Buffers: the layout's tensors (`qweight`, `qzeros`, `scales`), `g_idx` and `bias` where the spec has them. They are
-    filled by the loader; then `settle` checks and arranges them and `prepare` makes the kernel.
+    filled by the loader; then `settle` checks and arranges them and `prepare` makes the kernel. While a `WeightKernel`
+    holds the weight, `qweight` is empty.
+
+    A kernel is made for one device and one dtype of activations. When the layer is moved or cast, its kernel is given
+    up, and the next call makes one for what the layer has become.
 
     Args:
         spec: what the layer is.
         make_kernel: makes, from the settled layer, the module that is called as `kernel(layer, x)`.
         device: where the buffers are created ("meta" before loading).
+        choose_kernel: finds another `make_kernel` for a changed spec; None: the first is kept.
     """
 
     def __init__(
@@ -86,16 +101,19 @@ class QuantizedLinear(nn.Module):
         spec: LayerSpec,
         make_kernel: Callable[[QuantizedLinear], nn.Module],
         device: torch.device | str | None = None,
+        choose_kernel: Callable[[LayerSpec], Callable[[QuantizedLinear], nn.Module]] | None = None,
     ) -> None:
         super().__init__()
-        self.spec = spec
+        self.spec = self._spec_of_kernel = spec
         self.make_kernel = make_kernel
+        self.choose_kernel = choose_kernel
         self.in_features, self.out_features = spec.in_features, spec.out_features
         for name, (shape, dtype) in spec.buffers().items():
             self.register_buffer(name, torch.empty(shape, dtype=dtype, device=device))
         if not spec.bias:
             self.register_buffer("bias", None)
         self.kernel: nn.Module | None = None
+        self._is_settled = False
 
     def settle(self) -> None:
         """Arranges the loaded tensors in place; their values do not change, except for a `g_idx` that was not stored.
@@ -116,10 +134,29 @@ class QuantizedLinear(nn.Module):
                     "but the checkpoint was made with desc_act=true and cannot be read without it"
                 )
             self.g_idx = self.sequential_groups().to(self.g_idx)
+        self._is_settled = True
 
     def prepare(self) -> None:
-        """Makes the kernel from the settled buffers."""
+        """Makes the kernel from the settled buffers, where they are now.
+
+        Raises:
+            UnsupportedError: the layer was moved or cast, and no backend runs what it has become.
+        """
+        self.give_up_kernel()
+        if self.choose_kernel is not None:
+            self.spec = dataclasses.replace(self.spec, device=self.qweight.device.type)
+            if self.spec != self._spec_of_kernel:
+                self.make_kernel = self.choose_kernel(self.spec)
+                self._spec_of_kernel = self.spec
         self.kernel = self.make_kernel(self)
+        if isinstance(self.kernel, WeightKernel):
+            self.qweight = self.qweight.new_empty(0)
+
+    def give_up_kernel(self) -> None:
+        """Forgets the kernel, after taking the weight back from one that holds it."""
+        if isinstance(self.kernel, WeightKernel):
+            self.qweight = self._packed(self.kernel.codes())
+        self.kernel = None
 
     def sequential_groups(self) -> Tensor:
         """Returns (I,) int64: the group of each input feature when groups follow each other."""
@@ -139,16 +176,44 @@ class QuantizedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Returns (..., O) in x's dtype."""
-        assert self.kernel is not None, f"{self.spec.name}: post_init was not called after loading"
+        if self.kernel is None:
+            assert self._is_settled, f"{self.spec.name}: post_init was not called after loading"
+            self.prepare()
         return self.kernel(self, x)
 
+    def _packed(self, codes_OI: Tensor) -> Tensor:
+        """Returns `qweight` of the layout, each row of the weight contiguous as `settle` arranges it."""
+        if self.spec.layout == "awq":
+            return pack_awq_columns(codes_OI).t()
+        return pack_rows(codes_OI, self.spec.scheme.bits).t()
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedLinear:
-        """Moves the layer, but keeps the scales' precision: `model.to(torch.bfloat16)` must not round weights."""
+        """Moves or casts the layer, but keeps the scales' precision: `model.to(torch.bfloat16)` rounds no weights."""
+        probe = fn(torch.empty(0, dtype=self.spec.dtype, device=self.scales.device))
+        casts = fn(torch.empty(0, device=self.scales.device)).dtype != torch.float32
+        if probe.device != self.scales.device or probe.dtype != self.spec.dtype:
+            self.give_up_kernel()
+            self.spec = dataclasses.replace(self.spec, dtype=probe.dtype, device=probe.device.type)
         scales = self.scales
-        super()._apply(fn, recurse)
+        # What a kernel keeps in float32 must not be cast.
+        super()._apply(fn, recurse and not casts)
         if self.scales.dtype != scales.dtype:
             self.scales = scales.to(self.scales.device)
         return self
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if isinstance(self.kernel, WeightKernel):
+            destination[f"{prefix}qweight"] = self._packed(self.kernel.codes())
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        """Loads tensors; a kernel made from those before is given up, and scales may have any precision again."""
+        self.give_up_kernel()
+        if self._is_settled:
+            self.scales = self.scales.float()
+        super()._load_from_state_dict(*args, **kwargs)
+        if self._is_settled:
+            self.settle()
 
     def extra_repr(self) -> str:
         """Returns what `print(model)` shows."""

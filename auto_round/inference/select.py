@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import dataclasses
+import logging
+from collections.abc import Callable, Mapping, Sequence
+
+from torch import nn
 
 from auto_round.errors import UnsupportedError
-from auto_round.inference.backends import BACKENDS, Backend, all_backends, why_not
-from auto_round.inference.layer import LayerSpec
+from auto_round.inference.backends import Backend, all_backends, backend_named, why_not
+from auto_round.inference.layer import LayerSpec, QuantizedLinear
 
 AUTO = "auto"
+
+logger = logging.getLogger(__name__)
 
 
 def select_backends(specs: Sequence[LayerSpec], name: str = AUTO) -> dict[str, Backend]:
@@ -22,7 +28,7 @@ def select_backends(specs: Sequence[LayerSpec], name: str = AUTO) -> dict[str, B
         UnsupportedError: layers that the named backend, or any backend, refuses; with each reason, how many layers it
             concerns and one of them.
     """
-    candidates = all_backends() if name == AUTO else [BACKENDS[name]]
+    candidates = all_backends() if name == AUTO else [backend_named(name)]
     chosen: dict[str, Backend] = {}
     refused: dict[str, list[str]] = {}
     for spec in specs:
@@ -39,6 +45,33 @@ def select_backends(specs: Sequence[LayerSpec], name: str = AUTO) -> dict[str, B
         others = [b.name for b in all_backends() if all(why_not(b, spec) is None for spec in specs)]
         raise UnsupportedError(_refusal(name, refused, others))
     return chosen
+
+
+def kernel_for(spec: LayerSpec, name: str = AUTO) -> Callable[[QuantizedLinear], nn.Module]:
+    """Returns the function that makes the kernel of one layer; arguments and errors as for `select_backends`."""
+    return select_backends([spec], name)[spec.name].prepare
+
+
+def hint(specs: Sequence[LayerSpec], chosen: Mapping[str, Backend]) -> str | None:
+    """Returns one line about the best backend that is better than what was chosen, but for a package not installed.
+
+    Args:
+        specs: the quantized layers of a model.
+        chosen: what `select_backends` returned for them.
+    """
+    for backend in all_backends():
+        if not backend.missing():
+            continue
+        installed = dataclasses.replace(backend, requires=())
+        names = [s.name for s in specs if backend.rank() > chosen[s.name].rank() and why_not(installed, s) is None]
+        if names:
+            now = ", ".join(sorted({chosen[name].name for name in names}))
+            gain = backend.brings or "a better backend"
+            return (
+                f"pip install {backend.packages()} would bring {gain} for {len(names)} of {len(specs)} quantized "
+                f"layers ({backend.name} instead of {now})"
+            )
+    return None
 
 
 def _refusal(name: str, refused: dict[str, list[str]], others: list[str]) -> str:

@@ -4,7 +4,13 @@ import dataclasses
 
 from auto_round.config import TuneConfig
 from auto_round.tensors import BlockResult
-from auto_round.tuning.activations import calibrated_peaks, with_peaks, with_quantized_inputs
+from auto_round.tuning.activations import (
+    calibrated_peaks,
+    input_quantizers,
+    quantizers_of,
+    with_input_quantizers,
+    with_peaks,
+)
 from auto_round.tuning.base import Tuner, TuningTask
 from auto_round.tuning.rtn import PlainRounding, SearchedRounding, round_plain, round_searched
 from auto_round.tuning.sign_round import SignRound
@@ -15,18 +21,19 @@ __all__ = [
     "SignRound",
     "Tuner",
     "TuningTask",
+    "quantizers_of",
     "round_plain",
     "round_searched",
     "tune",
     "tuner_for",
-    "with_quantized_inputs",
+    "with_input_quantizers",
 ]
 
 
 def tune(task: TuningTask, config: TuneConfig) -> BlockResult:
     """Returns the quantized weights of a block, chosen for the quantized activations that they will meet."""
     peaks = calibrated_peaks(task)
-    block = with_quantized_inputs(task.block, task.schemes, peaks)
+    block = with_input_quantizers(task.block, input_quantizers(task.schemes, peaks))
     return with_peaks(tuner_for(config)(dataclasses.replace(task, block=block), config), peaks)
 
 

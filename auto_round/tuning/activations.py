@@ -34,15 +34,27 @@ def calibrated_peaks(task: TuningTask) -> dict[str, Tensor]:
     return {name: stored_peak(found.get(name, largest), task.schemes[name]) for name in names}
 
 
-def with_quantized_inputs(
-    block: Block, schemes: Mapping[str, QuantizationScheme], peaks: Mapping[str, Tensor]
-) -> Block:
-    """Returns a block that quantizes the input of each layer as its scheme says."""
+def input_quantizers(
+    schemes: Mapping[str, QuantizationScheme], peaks: Mapping[str, Tensor]
+) -> dict[str, InputQuantizer]:
+    """Returns weight name -> what its layer's input passes through, for layers whose activations are quantized."""
     quantizers: dict[str, InputQuantizer] = {}
     for name, scheme in schemes.items():
         if scheme.activation is not None:
             peak = peaks[name] if _needs_calibration(scheme) else None
             quantizers[name] = functools.partial(quantize_activation, scheme=scheme.activation, peak=peak)
+    return quantizers
+
+
+def quantizers_of(result: BlockResult) -> dict[str, InputQuantizer]:
+    """Returns weight name -> what its layer's input passes through, for a block that is quantized."""
+    schemes = {name: weight.scheme for name, weight in result.weights.items()}
+    peaks = {name: weight.input_peak for name, weight in result.weights.items() if weight.input_peak is not None}
+    return input_quantizers(schemes, peaks)
+
+
+def with_input_quantizers(block: Block, quantizers: Mapping[str, InputQuantizer]) -> Block:
+    """Returns a block whose layers' inputs pass through `quantizers`; the block itself if there are none."""
     return dataclasses.replace(block, input_quantizers=quantizers) if quantizers else block
 
 

@@ -11,7 +11,7 @@ from auto_round.data_types import DATA_TYPES
 from auto_round.schemes import QuantizationScheme
 from auto_round.tensors import BlockResult, QuantizedTensor
 from auto_round.tuning.base import TuningTask
-from auto_round.tuning.statistics import channel_importance
+from auto_round.tuning.statistics import group_products
 
 
 def round_plain(weight_OI: Tensor, scheme: QuantizationScheme, tensor_peak: Tensor | None = None) -> QuantizedTensor:
@@ -26,11 +26,11 @@ def round_plain(weight_OI: Tensor, scheme: QuantizationScheme, tensor_peak: Tens
 
 
 def round_searched(
-    weight_OI: Tensor, scheme: QuantizationScheme, importance_I: Tensor | None, tensor_peak: Tensor | None = None
+    weight_OI: Tensor, scheme: QuantizationScheme, importance: Tensor | None, tensor_peak: Tensor | None = None
 ) -> QuantizedTensor:
     """Returns a weight rounded to the nearest code, its scale searched for the least weighted error."""
     data_type = DATA_TYPES[scheme.data_type]
-    range_ = data_type.search_range(weight_OI, scheme, importance_I, tensor_peak)
+    range_ = data_type.search_range(weight_OI, scheme, importance, tensor_peak)
     return data_type.encode(weight_OI, scheme, range_, data_type.trainable(weight_OI, scheme))
 
 
@@ -54,8 +54,8 @@ class SearchedRounding:
 
     def __call__(self, task: TuningTask, config: TuneConfig) -> BlockResult:  # noqa: ARG002
         """Returns each weight rounded under the importance of its input channels."""
-        importance: Mapping[str, Tensor] = channel_importance(
-            task.block, task.original_inputs, task.batches, list(task.schemes), mask_NT=task.mask
+        importance: Mapping[str, Tensor] = group_products(
+            task.block, task.original_inputs, task.batches, task.schemes, mask_NT=task.mask
         )
         peaks = task.tensor_peaks()
         weights = {

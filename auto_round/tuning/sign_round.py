@@ -330,10 +330,14 @@ def _make_weights(task: TuningTask, config: TuneConfig) -> dict[str, TunedWeight
         if name in sensitivity and name in importance:
             # Loss = mean over tokens and D outputs, so its Gauss-Newton diagonal is 2/D E[x_j^2] c_i.
             curvature = Curvature(sensitivity[name] * (2.0 / task.inputs.shape[-1]), importance[name])
-        reach = 1.0 if config.enable_alg_ext and scheme.bits <= WIDE_REACH_BITS else 0.5
         params = data_type.trainable(weight, scheme)
-        weights[name] = TunedWeight(weight, scheme, data_type, range_, params, curvature, reach)
+        weights[name] = TunedWeight(weight, scheme, data_type, range_, params, curvature, _reach(scheme, config))
     return weights
+
+
+def _reach(scheme: QuantizationScheme, config: TuneConfig) -> float:
+    """Returns how far a rounding offset may travel, in steps of the grid."""
+    return 1.0 if config.enable_alg_ext and scheme.bits <= WIDE_REACH_BITS else 0.5
 
 
 def _keep_where(condition: Tensor, now: QuantizedTensor, kept: QuantizedTensor, rows: slice) -> None:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from auto_round.blocks import Block
+from auto_round.schemes import QuantizationScheme
+
+LARGEST_PRODUCTS = 256  # channels of a group; larger groups would take more memory than their weights
 
 
 @torch.no_grad()
@@ -60,15 +64,62 @@ def channel_importance(
         mask_NT: bool, False for padding, which then does not count. A layer that sees a choice of the tokens (a routed
             expert) counts them all: which of them are padding is not known there.
     """
+    return _mean_moments(block, inputs_NTH, batches, {name: _sum_of_squares for name in weights}, mask_NT)
+
+
+@torch.no_grad()
+def group_products(
+    block: Block,
+    inputs_NTH: Tensor,
+    batches: Sequence[slice],
+    schemes: Mapping[str, QuantizationScheme],
+    *,
+    mask_NT: Tensor | None = None,
+) -> dict[str, Tensor]:
+    """Returns (G, K, K) float32 mean products of the input channels of each group, by weight name.
+
+    These are the blocks on the diagonal of the Hessian of the layer's output error. Where groups are larger than
+    LARGEST_PRODUCTS or do not divide the row, the mean squares (I,) of `channel_importance` take their place.
+    """
+    moments: dict[str, Callable[[Tensor], Tensor]] = {}
+    for name, scheme in schemes.items():
+        size = scheme.group_size if isinstance(scheme.group_size, int) else 0
+        moments[name] = _sum_of_squares
+        if 0 < size <= LARGEST_PRODUCTS:
+            moments[name] = functools.partial(_sum_of_products, size=size)
+    return _mean_moments(block, inputs_NTH, batches, moments, mask_NT)
+
+
+def _sum_of_squares(rows_RI: Tensor) -> Tensor:
+    return rows_RI.square().sum(0)
+
+
+def _sum_of_products(rows_RI: Tensor, size: int) -> Tensor:
+    if rows_RI.shape[1] % size:
+        return _sum_of_squares(rows_RI)
+    groups_GRK = rows_RI.unflatten(1, (-1, size)).transpose(0, 1)
+    return groups_GRK.transpose(1, 2) @ groups_GRK
+
+
+def _mean_moments(
+    block: Block,
+    inputs_NTH: Tensor,
+    batches: Sequence[slice],
+    moments: Mapping[str, Callable[[Tensor], Tensor]],
+    mask_NT: Tensor | None,
+) -> dict[str, Tensor]:
+    """Returns sums over tokens of what `moments` makes of a layer's input rows, divided by the tokens."""
     sums: dict[str, Tensor] = {}
     counts: dict[str, int] = {}
     real: list[Tensor] = []  # the mask of the running batch
 
     def keep(name: str, module_input: Tensor, _output: Tensor) -> None:
         rows = _real_rows(module_input.detach(), real)
-        squares = rows.float().square().sum(0)
-        sums[name] = sums[name] + squares if name in sums else squares
+        total = moments[name](rows.float())
+        sums[name] = sums[name] + total if name in sums else total
         counts[name] = counts.get(name, 0) + rows.shape[0]
+
+    weights = list(moments)
 
     with _watched(block, weights, keep):
         for piece in batches:

@@ -72,7 +72,7 @@ def test_awq_refuses_other_widths_with_the_number_of_layers(make_plan):
     assert len(reasons) == 2
     assert reasons[0].startswith("cannot store bits=2 (only 4) for 2 layers, e.g. model.layers.0.mlp.up_proj.")
     assert "bits=8 (only 4) for 2 layers, e.g. model.layers.0.mlp.down_proj." in reasons[1]
-    assert all("--format auto_round" in reason and "layer_config" in reason for reason in reasons)
+    assert all("bits=4 with --layer_config" in reason for reason in reasons)
 
 
 @pytest.mark.parametrize("name", ["auto_round", AWQ, GPTQ, "auto_round:gptqmodel"])
@@ -88,6 +88,15 @@ def test_quantized_activations_are_refused_by_integer_layouts(name, make_plan):
     plan, _ = make_plan(bits=4, sym=False, act_bits=8, act_sym=True)
     (reason,) = EXPORTERS[name].refusals(plan)
     assert "act_bits=8 (only 16)" in reason
+
+
+def test_quantized_activations_are_for_the_tensors_of_compressed_tensors(make_plan):
+    plan, config = make_plan(act_bits=8, act_group_size=-1)
+    (reason,) = EXPORTERS[GPTQ].refusals(plan)
+    assert "act_bits=8 (only 16)" in reason
+    assert EXPORTERS["auto_round"].refusals(plan) == []
+    written = EXPORTERS["auto_round"].quantization_config(plan, config)
+    assert written["packing_format"] == "auto_round:llm_compressor"
 
 
 @pytest.mark.parametrize(
@@ -148,6 +157,11 @@ def test_the_config_says_what_differs_from_the_defaults_only(make_plan):
 
 def test_the_config_of_plain_rounding_names_no_dataset(make_plan):
     plan, config = make_plan(iters=0, disable_opt_rtn=True, dataset="calib.txt")
+    assert "dataset" not in EXPORTERS["auto_round"].quantization_config(plan, config)
+
+
+def test_the_default_dataset_is_not_named(make_plan):
+    plan, config = make_plan()
     assert "dataset" not in EXPORTERS["auto_round"].quantization_config(plan, config)
 
 

@@ -5,13 +5,16 @@ import pytest
 from auto_round.config import SchemeConfig, parse_formats
 from auto_round.errors import ConfigError, UnsupportedError
 from auto_round.formats import EXPORTERS, check, targets
-from auto_round.formats.base import differing_fields, folder_name, head_entry
+from auto_round.formats.base import copied_dtype, differing_fields, folder_name, head_entry, holders, refusals
 from auto_round.models import discover
 from auto_round.plan import resolve
 from auto_round.schemes import QuantizationScheme
 
 OUT = Path("out")
 BASE = QuantizationScheme(bits=4, group_size=32)
+
+
+OTHER_NAMES = {"qdq": "fake", "llmcompressor": "llm_compressor"}
 
 
 def plan_of(model, **options):
@@ -21,9 +24,8 @@ def plan_of(model, **options):
 def test_every_registered_format_describes_itself():
     for name, exporter in EXPORTERS.items():
         assert exporter.summary
-        assert exporter.name == name or name in ("qdq", "llmcompressor")
-    assert EXPORTERS["qdq"] is EXPORTERS["fake"]
-    assert EXPORTERS["llmcompressor"] is EXPORTERS["llm_compressor"]
+        assert exporter.name == name or name in OTHER_NAMES
+    assert all(EXPORTERS[other] is EXPORTERS[name] for other, name in OTHER_NAMES.items())
 
 
 def test_one_format_goes_into_the_output_folder_itself():
@@ -45,9 +47,18 @@ def test_an_unknown_format_is_answered_with_the_nearest():
         targets(("fake", "auto_rond"), OUT)
 
 
-@pytest.mark.parametrize("name", ["itrex", "itrex_xpu", "itrex:anything"])
-def test_a_format_that_is_gone_names_the_alternative(name):
-    with pytest.raises(UnsupportedError, match=f"format {name} is not written: .*Use auto_round"):
+@pytest.mark.parametrize(
+    ("name", "instead"),
+    [
+        ("itrex", "auto_round"),
+        ("itrex_xpu", "auto_round"),
+        ("itrex:anything", "auto_round"),
+        ("auto_round:mlx", "mlx"),
+        ("svdquant_nunchaku", "auto_round"),
+    ],
+)
+def test_a_format_that_is_gone_names_the_alternative(name, instead):
+    with pytest.raises(UnsupportedError, match=f"format {name} is not written: .*Use {instead}"):
         targets(("fake", name), OUT)
 
 
@@ -58,13 +69,44 @@ def test_several_formats_that_are_gone_are_reported_together():
 
 
 def test_reasons_of_all_formats_are_reported_together(make_model):
-    plan = plan_of(make_model(), bits=3, act_bits=8)
+    plan = plan_of(make_model(), bits=3, act_bits=8, act_dynamic=False, act_group_size=0)
     with pytest.raises(UnsupportedError) as error:
-        check(plan, [EXPORTERS["auto_round:auto_awq"], EXPORTERS["auto_round:auto_gptq"], EXPORTERS["fake"]])
+        check(plan, [EXPORTERS["auto_round:auto_awq"], EXPORTERS["auto_round"], EXPORTERS["fake"]])
     lines = str(error.value).splitlines()
     assert any(line.startswith("auto_round:auto_awq: cannot store bits=3") for line in lines)
-    assert any(line.startswith("auto_round:auto_gptq: cannot store act_bits=8") for line in lines)
+    assert any(line.startswith("auto_round: cannot store activations int8 per tensor static") for line in lines)
+    assert "auto_round: this holds everything that was asked: --format fake" in lines
     assert not any(line.startswith("fake") for line in lines)
+
+
+def test_formats_that_can_hold_a_plan_are_named_the_default_first_and_fake_last(make_model):
+    able = holders(plan_of(make_model(), bits=3))
+    assert able[0] == "--format auto_round"
+    assert able[-1] == "--format fake"
+    assert {"--format auto_gptq", "--format mlx"} < set(able)
+    assert not {"--format auto_awq", "--format qdq"} & set(able)
+
+
+@pytest.mark.parametrize(
+    ("name", "parameter", "asked", "dtype"),
+    [
+        ("auto_gptq", "model.decoder.layers.0.fc1.bias", None, "float16"),
+        ("auto_gptq", "model.decoder.layers.0.fc1.bias", "bfloat16", "float16"),
+        ("auto_gptq", "model.decoder.layers.0.fc2.bias", None, None),
+        ("auto_gptq", "model.decoder.layers.0.final_layer_norm.bias", "bfloat16", "bfloat16"),
+        ("auto_gptq", None, None, None),
+        ("fake", "model.decoder.layers.0.fc1.bias", None, None),
+    ],
+    ids=["bias", "wins", "of-16-bit-layer", "of-norm", "no-parameter", "plain-format"],
+)
+def test_biases_of_quantized_layers_have_the_dtype_of_the_container(make_model, name, parameter, asked, dtype):
+    plan = plan_of(make_model("opt"), bits=4, fp_layers="fc2")
+    assert copied_dtype(EXPORTERS[name], plan, parameter, asked) == dtype
+
+
+def test_what_a_layout_refuses_is_refused_though_the_format_declares_it(make_model):
+    (reason,) = refusals(EXPORTERS["mlx"], plan_of(make_model(), bits=8, sym=False, scale_dtype="bf16"))
+    assert "float16 holds it) for 14 layers" in reason
 
 
 def test_formats_that_hold_a_plan_pass_without_a_word(make_model):

@@ -9,6 +9,7 @@ from auto_round import pipeline
 from auto_round.config import RunConfig
 from auto_round.errors import ConfigError
 from auto_round.formats import EXPORTERS, export
+from auto_round.formats.export import checked_targets
 from auto_round.store import RunStore
 from auto_round.tensors import BlockResult
 
@@ -52,9 +53,12 @@ def test_packed_tensors_take_the_place_of_the_weight_only(quantized, tmp_path):
 
 def test_biases_travel_beside_packed_weights(make_model, quantized, tmp_path):
     model = make_model("opt")
-    tensors = write(*quantized(model), tmp_path / "out")
     name = "model.decoder.layers.0.fc1"
-    assert torch.equal(tensors[f"{name}.bias"], model.get_parameter(f"{name}.bias"))
+    model.get_parameter(f"{name}.bias").data.uniform_()
+    tensors = write(*quantized(model), tmp_path / "out")
+    bias = model.get_parameter(f"{name}.bias")
+    assert bias.abs().max() > 0
+    assert torch.equal(tensors[f"{name}.bias"], bias.half())
     assert f"{name}.qweight" in tensors
 
 
@@ -78,12 +82,31 @@ def test_a_file_of_weights_left_from_an_earlier_export_is_removed(quantized, tmp
     }  # fmt: skip
 
 
-def test_a_plain_export_into_the_folder_of_a_packed_one_leaves_no_quantization_config(quantized, tmp_path):
+@pytest.mark.parametrize("name", ["auto_round", "auto_gptq", "auto_awq", "mlx"])
+def test_a_plain_export_into_the_folder_of_a_packed_one_leaves_no_quantization_config(quantized, tmp_path, name):
     session, store = quantized()
-    write(session, store, tmp_path / "out")
+    write(session, store, tmp_path / "out", name)
     write(session, store, tmp_path / "out", "fake")
-    assert "quantization_config" not in json.loads((tmp_path / "out" / "config.json").read_text())
-    assert not (tmp_path / "out" / "quantization_config.json").exists()
+    assert not {"quantization_config", "quantization"} & set(json.loads((tmp_path / "out" / "config.json").read_text()))
+    assert not list((tmp_path / "out").glob("quant*"))
+
+
+def test_a_warning_of_a_format_is_logged_once_for_a_plan(quantized, tmp_path, caplog):
+    session, _ = quantized(bits=3)
+    for _ in range(2):
+        checked_targets(("auto_gptq", "fake"), tmp_path / "out", session.plan, session.source)
+    assert [record.getMessage().split(":")[0] for record in caplog.records] == ["auto_gptq"]
+
+
+@pytest.mark.parametrize("name", ["auto_round", "auto_gptq", "mlx", "fake"])
+def test_a_dtype_that_was_asked_for_is_that_of_all_copied_tensors(quantized, tmp_path, name):
+    session, store = quantized(model_dtype="bf16", quant_lm_head=True)
+    tensors = write(session, store, tmp_path / "out", name)
+    assert tensors["model.embed_tokens.weight"].dtype == tensors["model.norm.weight"].dtype == torch.bfloat16
+    if name == "fake":
+        assert tensors["model.layers.0.mlp.up_proj.weight"].dtype == tensors["lm_head.weight"].dtype == torch.bfloat16
+    else:
+        assert tensors["model.layers.0.mlp.up_proj.scales"].dtype == tensors["lm_head.scales"].dtype == torch.float16
 
 
 def test_the_config_of_a_model_in_memory_names_its_class(quantized, tmp_path):
@@ -134,15 +157,17 @@ def test_original_weights_are_never_overwritten(make_model, quantized, tmp_path)
 def test_all_formats_are_written_from_one_store(quantized, tmp_path):
     session, store = quantized(sym=False)
     names = [name for name in EXPORTERS if EXPORTERS[name].refusals(session.plan) == []]
+    assert {"auto_gptq", "auto_awq", "mlx"} <= set(names)
     assert {"auto_round", "auto_round:auto_awq", "auto_round:auto_gptq", "auto_round:gptqmodel", "fake"} <= set(names)
     scales = []
     for number, name in enumerate(names):
         tensors = write(session, store, tmp_path / str(number), name)
         layer = "model.layers.0.self_attn.q_proj"
         if f"{layer}.scales" in tensors:
-            scales.append(tensors[f"{layer}.scales"])
+            found = tensors[f"{layer}.scales"]
+            scales.append(found.t() if name == "mlx" else found)
         elif f"{layer}.weight_scale" in tensors:
             scales.append(tensors[f"{layer}.weight_scale"].t())
-    assert len(scales) == 7
+    assert len(scales) >= 8
     assert all(torch.equal(scales[0], other) for other in scales)
     assert list(RunStore.existing(tmp_path / "work").finished()) == ["model.layers.0", "model.layers.1"]

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import subprocess
 import sys
@@ -19,6 +20,8 @@ from transformers import (
 )
 
 from auto_round.errors import CheckpointError, ConfigError, UnsupportedError
+from auto_round.inference import select
+from auto_round.inference.backends import BACKENDS
 from auto_round.inference.convert_model import convert_hf_model, infer_target_device, post_init
 from auto_round.inference.layer import QuantizedLinear
 from auto_round.schemes import QuantizationScheme
@@ -120,6 +123,19 @@ def test_gptq_checkpoints_are_taken_over(make_checkpoint, block_scheme, shuffled
     assert_same_logits(checkpoint, load(checkpoint.folder, quantization_config=AutoRoundConfig()))
 
 
+def test_a_missing_group_index_is_not_taken_from_what_its_memory_held(write_config):
+    sizes = {"hidden_size": 64, "num_attention_heads": 4, "num_hidden_layers": 1, "vocab_size": 64}
+    model = LlamaForCausalLM(LlamaConfig(**sizes, quantization_config={**GPTQ, "quant_method": "auto-round"}))
+    model, backends = convert_hf_model(model, "cpu")
+    for name, buffer in model.named_buffers():
+        if name.endswith("g_idx"):
+            buffer.copy_(torch.arange(buffer.numel()) % (buffer.numel() // 32))
+        else:
+            buffer._is_hf_initialized = True
+    post_init(model, backends)
+    assert model.model.layers[0].mlp.up_proj.g_idx.tolist() == [0] * 32 + [1] * 32
+
+
 @pytest.mark.parametrize("desc_act", [False, True])
 def test_a_missing_group_index_is_rebuilt_unless_it_matters(make_checkpoint, block_scheme, desc_act):
     checkpoint = make_checkpoint({**GPTQ, "desc_act": desc_act}, block_scheme(group_size=32))
@@ -178,14 +194,21 @@ def test_bfloat16_on_a_cpu_uses_a_faster_backend_that_agrees(make_checkpoint, bl
     assert plain.hf_quantizer.used_backends == ["auto_round:torch"]
     assert fast.hf_quantizer.used_backends != ["auto_round:torch"]
     exact = logits(checkpoint.dense, checkpoint.ids)
-    error = [float((logits(model, checkpoint.ids).float() - exact).norm()) for model in (fast, plain)]
-    assert error[0] < 1.5 * error[1]
+    # Eight tokens are served in bfloat16, twenty with activations of 8 bits, whose error is about twice as large.
+    for ids, ratio in ((checkpoint.ids[:, :8], 1.5), (checkpoint.ids, 3)):
+        expected = exact[:, : ids.shape[1]]
+        error = [float((logits(model, ids).float() - expected).norm()) for model in (fast, plain)]
+        assert error[0] < ratio * error[1]
 
 
 @pytest.mark.parametrize(
     ("backend", "error", "text"),
     [
-        ("torch_cpu_int4", UnsupportedError, r"cannot run 14 of the layers: .*dtype=float32 \(only bfloat16\)"),
+        (
+            "torch_cpu_int4",
+            UnsupportedError,
+            r"cannot run 14 of the layers: .*dtype=float32 \(only bfloat16, float16\)",
+        ),
         ("tortch", ConfigError, r"unknown backend 'tortch'\. Did you mean 'torch'"),
     ],
 )
@@ -247,7 +270,7 @@ def test_fused_experts_are_refused(write_config):
 
 def test_conv1d_layers_are_swapped_with_their_features_transposed(write_config):
     config = GPT2Config(n_embd=64, n_layer=1, n_head=2, vocab_size=32)
-    config.quantization_config = write_config(block_name_to_quantize="transformer.h", group_size=32)
+    config.quantization_config = write_config(block_name_to_quantize="transformer.h", group_size=32, backend="torch")
     with torch.device("meta"):
         model = GPT2LMHeadModel(config)
     model, backends = convert_hf_model(model, "cpu")
@@ -297,3 +320,74 @@ def test_importing_needs_no_optional_package():
     assert "'torch'" in modules
     for package in ("triton", "gptqmodel", "auto_round_kernel", "datasets", "gguf", "auto_round.formats"):
         assert f"'{package}'" not in modules
+
+
+@pytest.fixture
+def bf16_checkpoint(make_checkpoint, block_scheme, write_config):
+    fields = {"group_size": 32}
+    return make_checkpoint(write_config(**fields), block_scheme(**fields), hidden_size=192)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_a_cast_model_computes_what_one_loaded_so_does(bf16_checkpoint, dtype):
+    model = load(bf16_checkpoint.folder, torch.bfloat16)
+    layer = model.model.layers[0].mlp.up_proj
+    logits(model, bf16_checkpoint.ids)
+    before = layer.kernel
+    model.to(dtype)
+    # Casting rounds what is not quantized, and the rotary table, differently from loading.
+    fresh = load(bf16_checkpoint.folder, dtype)
+    x = torch.randn(3, 192).to(dtype)
+    assert torch.equal(layer(x), fresh.model.layers[0].mlp.up_proj(x))
+    assert layer.kernel is not before
+    assert logits(model, bf16_checkpoint.ids).dtype == dtype
+
+
+def test_a_model_cast_to_what_its_named_backend_refuses_says_so_when_called(bf16_checkpoint):
+    options = {"quantization_config": AutoRoundConfig(backend="torch_cpu_int4")}
+    model = load(bf16_checkpoint.folder, torch.bfloat16, **options).to(torch.float32)
+    with pytest.raises(UnsupportedError, match=r"'torch_cpu_int4' cannot run 1 of the layers: dtype=float32"):
+        logits(model, bf16_checkpoint.ids)
+    assert logits(model.to(torch.bfloat16), bf16_checkpoint.ids).isfinite().all()
+
+
+def test_the_state_of_a_model_is_its_checkpoint_whatever_its_kernels_hold(bf16_checkpoint):
+    stored = load_file(bf16_checkpoint.folder / "model.safetensors")
+    state = load(bf16_checkpoint.folder, torch.bfloat16).state_dict()
+    assert state.keys() == stored.keys()
+    packed = [key for key in stored if key.endswith(("qweight", "qzeros", "scales"))]
+    assert all(torch.equal(state[key], stored[key]) for key in packed)
+
+
+def test_a_better_backend_that_is_not_installed_is_told_in_one_line(bf16_checkpoint, monkeypatch, caplog):
+    better = dataclasses.replace(BACKENDS["torch"], name="theirs:fast", requires=("no_such_package",), priority=99)
+    monkeypatch.setattr(select, "all_backends", lambda: [better, BACKENDS["torch"]])
+    for backend, lines in (("auto", 1), ("torch", 0)):
+        caplog.clear()
+        load(bf16_checkpoint.folder, quantization_config=AutoRoundConfig(backend=backend))
+        assert sum("pip install no_such_package would bring" in line for line in caplog.messages) == lines
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_model_moves_to_a_gpu_and_back(bf16_checkpoint):
+    model = load(bf16_checkpoint.folder, torch.bfloat16)
+    before = logits(model, bf16_checkpoint.ids)
+    moved = logits(model.to("cuda"), bf16_checkpoint.ids.cuda()).cpu()
+    there = load(bf16_checkpoint.folder, torch.bfloat16, device_map="cuda")
+    assert torch.equal(moved, logits(there, bf16_checkpoint.ids.cuda()).cpu())
+    assert torch.equal(logits(model.to("cpu"), bf16_checkpoint.ids), before)
+    stored = load_file(bf16_checkpoint.folder / "model.safetensors")
+    state = there.state_dict()
+    assert all(torch.equal(state[key].cpu(), stored[key]) for key in stored if key.endswith("qweight"))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_model_spread_over_cpu_and_gpu_computes_the_same(bf16_checkpoint):
+    names = ["model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head", "model.layers.0", "model.layers.1"]
+    device_map = {**dict.fromkeys(names, "cuda:0"), "model.layers.1": "cpu"}
+    spread = load(bf16_checkpoint.folder, torch.bfloat16, device_map=device_map)
+    whole = load(bf16_checkpoint.folder, torch.bfloat16, device_map="cuda")
+    ids = bf16_checkpoint.ids.cuda()
+    torch.testing.assert_close(logits(spread, ids), logits(whole, ids), rtol=0.05, atol=0.05)

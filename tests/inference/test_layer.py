@@ -5,7 +5,8 @@ import torch
 from torch.nn import functional as F
 
 from auto_round.errors import CheckpointError
-from auto_round.inference.layer import LayerSpec
+from auto_round.inference.backends.torch_any import unpack_codes
+from auto_round.inference.layer import LayerSpec, WeightKernel
 from auto_round.schemes import QuantizationScheme
 
 
@@ -95,3 +96,109 @@ def test_calling_before_post_init_says_so(make_case):
 
 def test_printing_a_layer_shows_its_scheme(make_case):
     assert "96, 32, int4 g32 asym, layout=gptq, bias=False" in repr(make_case(spec_of()).layer)
+
+
+class HoldingKernel(WeightKernel):
+    """Takes the codes, and remembers for what it was made."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.made_for = layer.spec
+        self.register_buffer("held", unpack_codes(layer, slice(0, layer.out_features)), persistent=False)
+        self.register_buffer("steps", torch.ones(1), persistent=False)
+
+    def forward(self, layer, x):
+        return F.linear(x, self.held.to(x.dtype), layer.bias)
+
+    def codes(self):
+        return self.held
+
+
+def holding_layer(make_case, spec=None, choose=True):
+    spec = spec or spec_of(bias=True)
+    case = make_case(spec)
+    case.layer.make_kernel = HoldingKernel
+    case.layer.choose_kernel = (lambda _: HoldingKernel) if choose else None
+    return case.ready().layer
+
+
+@pytest.mark.parametrize("layout", ["gptq", "gptq_zp", "awq"])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_a_weight_that_the_kernel_holds_is_saved_as_it_was_stored(make_case, layout, bits):
+    if layout == "awq" and bits != 4:
+        pytest.skip("awq holds 4 bits only")
+    spec = spec_of(layout=layout, bits=bits, out_features=29)
+    stored = copy.deepcopy(make_case(spec).layer.state_dict())
+    layer = holding_layer(make_case, spec)
+    assert layer.qweight.numel() == 0
+    saved = layer.state_dict()
+    assert list(saved) == list(stored)
+    assert all(torch.equal(saved[name], stored[name]) for name in stored if name != "scales")
+    assert layer.qweight.numel() == 0
+
+
+def test_moving_to_the_same_place_keeps_the_kernel(make_case):
+    layer = holding_layer(make_case)
+    kernel = layer.kernel
+    layer.to("cpu").to(torch.float32)
+    layer.float()
+    assert layer.kernel is kernel
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_a_cast_layer_gets_a_kernel_for_the_new_dtype(make_case, dtype):
+    layer = holding_layer(make_case)
+    layer.to(dtype)
+    assert layer.kernel is None
+    layer(torch.randn(1, 96, dtype=dtype))
+    assert layer.kernel.made_for == layer.spec
+    assert (layer.spec.dtype, layer.spec.device) == (dtype, "cpu")
+
+
+def test_a_cast_that_changes_nothing_does_not_touch_the_kernel(make_case):
+    layer = holding_layer(make_case, spec_of(dtype=torch.bfloat16))
+    kernel = layer.kernel
+    layer.to(torch.bfloat16)
+    assert layer.kernel is kernel
+    assert kernel.steps.dtype == torch.float32
+
+
+def test_a_kernel_is_chosen_for_where_the_tensors_are(make_case):
+    """With a dictionary as device_map the device that layers were planned for may be another one."""
+    asked = []
+    case = make_case(spec_of(device="cuda"))
+    case.layer.choose_kernel = lambda spec: asked.append(spec) or HoldingKernel
+    layer = case.ready().layer
+    assert layer.spec.device == "cpu"
+    assert asked == [layer.spec]
+    layer.prepare()
+    assert asked == [layer.spec]
+
+
+def test_a_layer_moved_without_a_choice_keeps_its_kind_of_kernel(make_case):
+    layer = holding_layer(make_case, choose=False)
+    layer.half()
+    layer(torch.randn(1, 96).half())
+    assert isinstance(layer.kernel, HoldingKernel)
+
+
+def test_loading_other_tensors_gives_up_the_kernel_made_of_the_first(make_case):
+    layer = holding_layer(make_case, spec_of())
+    other = make_case(spec_of())
+    other.layer.qweight = torch.randint(-(2**31), 2**31 - 1, other.layer.qweight.shape, dtype=torch.int32)
+    # No 16-bit type holds these scales.
+    other.layer.scales = torch.full_like(other.layer.scales, 1 + 2**-20, dtype=torch.float32)
+    stored = copy.deepcopy(other.layer.state_dict())
+    layer.load_state_dict(stored)
+    layer(torch.randn(1, 96))
+    assert all(torch.equal(tensor, stored[name]) for name, tensor in layer.state_dict().items())
+    assert torch.equal(layer.kernel.held, unpack_codes(other.layer, slice(0, 32)))
+
+
+def test_a_copied_layer_whose_kernel_holds_the_weight_is_whole(make_case):
+    layer = holding_layer(make_case)
+    twin = copy.deepcopy(layer)
+    layer.half()
+    assert all(
+        torch.equal(tensor, twin.state_dict()[name]) for name, tensor in layer.state_dict().items() if name != "bias"
+    )

@@ -12,7 +12,13 @@ from auto_round.config import TuneConfig
 from auto_round.data_types.activations import quantize_activation, stored_peak
 from auto_round.schemes import PRESET_SCHEMES
 from auto_round.tuning import TuningTask, tune
-from auto_round.tuning.activations import calibrated_peaks, with_peaks, with_quantized_inputs
+from auto_round.tuning.activations import (
+    calibrated_peaks,
+    input_quantizers,
+    quantizers_of,
+    with_input_quantizers,
+    with_peaks,
+)
 from auto_round.tuning.rtn import PlainRounding
 
 STATIC = PRESET_SCHEMES["FP8_STATIC"]
@@ -107,7 +113,7 @@ def test_a_block_with_quantized_inputs_computes_what_is_worked_by_hand(preset):
     scheme = PRESET_SCHEMES[preset]
     task = gated_task(scheme, seen=("up", "down"))
     peaks = calibrated_peaks(task)
-    block = with_quantized_inputs(task.block, task.schemes, peaks)
+    block = with_input_quantizers(task.block, input_quantizers(task.schemes, peaks))
 
     def through(name, x):
         return quantize_activation(x, scheme.activation, peaks.get(f"b.{name}.weight"))
@@ -125,7 +131,7 @@ def test_a_block_with_quantized_inputs_computes_what_is_worked_by_hand(preset):
 
 def test_a_block_without_quantized_inputs_is_the_same_block():
     task = gated_task(PRESET_SCHEMES["W4A16"])
-    assert with_quantized_inputs(task.block, task.schemes, {}) is task.block
+    assert with_input_quantizers(task.block, input_quantizers(task.schemes, {})) is task.block
 
 
 def test_results_carry_the_ranges_of_their_inputs():
@@ -151,8 +157,7 @@ def test_tuning_measures_the_loss_of_quantized_activations(preset, iters, make_t
         return
     assert result.best_loss <= result.first_loss
     # The reported loss is that of the dequantized weights, run with their inputs quantized.
-    peaks = {name: weight.input_peak for name, weight in result.weights.items() if calibrated}
-    block = with_quantized_inputs(task.block, task.schemes, peaks)
+    block = with_input_quantizers(task.block, quantizers_of(result))
     dense = {name: weight.dequantize() for name, weight in result.weights.items()}
     with torch.no_grad():
         error = (block.forward(task.inputs, torch.arange(8), dense) - task.targets).square().mean()

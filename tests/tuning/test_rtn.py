@@ -93,7 +93,8 @@ def test_searched_rounding_of_a_block_uses_the_importance_of_its_inputs(make_tas
     result = SearchedRounding()(task, TuneConfig(iters=0))
     norm = task.block.modules[0].input_layernorm
     with torch.no_grad():
-        seen = norm(task.inputs).square().mean((0, 1))
+        groups = norm(task.inputs).flatten(0, 1).unflatten(1, (-1, SCHEMES["w2"].group_size))
+        seen = torch.einsum("rgk,rgl->gkl", groups, groups) / groups.shape[0]
     name = "model.layers.0.self_attn.q_proj.weight"
     expected = round_searched(task.block.tensors[name], SCHEMES["w2"], seen)
     # The importance differs by the order of float32 sums only, so hardly a code may differ.

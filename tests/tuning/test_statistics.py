@@ -8,7 +8,7 @@ from torch import nn
 from auto_round.blocks import Block, BlockCalls
 from auto_round.calibration import CalibrationSet
 from auto_round.schemes import QuantizationScheme
-from auto_round.tuning.statistics import channel_importance, output_sensitivity
+from auto_round.tuning.statistics import channel_importance, group_products, output_sensitivity
 
 W4 = QuantizationScheme(bits=4, group_size=32)
 
@@ -49,6 +49,23 @@ def test_channel_importance_is_the_mean_square_of_a_layers_inputs(gated):
     assert torch.allclose(found["b.up.weight"].double(), inputs.double().square().mean((0, 1)), rtol=1e-6)
     assert torch.allclose(found["b.down.weight"].double(), expected_down, rtol=1e-6)
     assert found["b.up.weight"].dtype == torch.float32
+
+
+def test_group_products_are_the_mean_products_of_a_groups_channels(gated):
+    inputs = torch.randn(3, 4, 6)
+    schemes = {"b.up.weight": W4.replace(group_size=3), "b.down.weight": W4.replace(group_size=-1)}
+    found = group_products(gated, inputs, BATCHES, schemes)
+    rows = inputs.double().flatten(0, 1).unflatten(1, (2, 3))
+    expected = torch.einsum("rgk,rgl->gkl", rows, rows) / 12
+    assert torch.allclose(found["b.up.weight"].double(), expected, rtol=1e-5, atol=1e-6)  # float32 sums of 12 terms
+    assert found["b.down.weight"].shape == (5,)  # one scale per row: mean squares
+
+
+def test_groups_that_do_not_divide_the_row_have_mean_squares(gated):
+    inputs = torch.randn(3, 4, 6)
+    found = group_products(gated, inputs, BATCHES, {"b.up.weight": W4.replace(group_size=4)})
+    expected = channel_importance(gated, inputs, BATCHES, NAMES)
+    assert torch.equal(found["b.up.weight"], expected["b.up.weight"])
 
 
 def test_a_layer_that_never_runs_has_no_importance(gated):

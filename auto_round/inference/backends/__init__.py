@@ -1,6 +1,18 @@
 """Backends: what runs a quantized layer. One file and one line here per backend."""
 
-from auto_round.inference.backends import torch_any, torch_cpu_int4
-from auto_round.inference.backends.base import BACKENDS, Backend, all_backends, why_not
+from auto_round.inference.backends import ark, hpu, torch_any, torch_cpu_int4, torch_cpu_int8
+from auto_round.inference.backends.base import BACKENDS, Backend, why_not
+from auto_round.inference.backends.catalogue import all_backends, backend_named
 
-__all__ = ["BACKENDS", "Backend", "all_backends", "torch_any", "torch_cpu_int4", "why_not"]
+__all__ = [
+    "BACKENDS",
+    "Backend",
+    "all_backends",
+    "ark",
+    "backend_named",
+    "hpu",
+    "torch_any",
+    "torch_cpu_int4",
+    "torch_cpu_int8",
+    "why_not",
+]

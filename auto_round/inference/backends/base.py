@@ -29,8 +29,11 @@ class Backend:
         partial_groups: whether the last group of a row may be shorter.
         act_order: whether groups may be out of order (GPTQ's desc_act).
         in_multiple, out_multiple: what in and out features must be multiples of.
-        requires: packages that must be installed.
+        requires: packages that must be installed, as they are imported.
+        pip: what to give to `pip install` for them, if that has another name.
+        brings: what installing them would bring, for people.
         priority: the highest that accepts a layer is chosen by "auto".
+        priority_here: the priority on this machine, where that depends on its processor.
     """
 
     name: str
@@ -48,6 +51,21 @@ class Backend:
     in_multiple: int = 1
     out_multiple: int = 1
     requires: tuple[str, ...] = ()
+    pip: str = ""
+    brings: str = ""
+    priority_here: Callable[[], int] | None = None
+
+    def rank(self) -> int:
+        """Returns the priority on this machine."""
+        return self.priority if self.priority_here is None else self.priority_here()
+
+    def missing(self) -> list[str]:
+        """Returns the required packages that are not installed."""
+        return [package for package in self.requires if importlib.util.find_spec(package) is None]
+
+    def packages(self) -> str:
+        """Returns what is required, as `pip install` knows it."""
+        return self.pip or " ".join(self.requires)
 
 
 BACKENDS: Registry[Backend] = Registry("backend")
@@ -56,12 +74,6 @@ BACKENDS: Registry[Backend] = Registry("backend")
 def register_backend(backend: Backend) -> Backend:
     """Enters a backend under its name and aliases, and returns it."""
     return BACKENDS.register(backend.name, *backend.aliases)(backend)
-
-
-def all_backends() -> list[Backend]:
-    """Returns each registered backend once, the highest priority first."""
-    backends = [backend for name, backend in BACKENDS.items() if name == backend.name]
-    return sorted(backends, key=lambda backend: -backend.priority)
 
 
 def why_not(backend: Backend, spec: LayerSpec) -> str | None:
@@ -85,9 +97,9 @@ def why_not(backend: Backend, spec: LayerSpec) -> str | None:
         reasons.append(f"in_features={spec.in_features} is no multiple of {backend.in_multiple}")
     if spec.out_features % backend.out_multiple:
         reasons.append(f"out_features={spec.out_features} is no multiple of {backend.out_multiple}")
-    missing = [package for package in backend.requires if importlib.util.find_spec(package) is None]
+    missing = backend.missing()
     if missing:
-        reasons.append(f"needs {', '.join(missing)} (pip install {' '.join(missing)})")
+        reasons.append(f"needs {', '.join(missing)} (pip install {backend.packages()})")
     return "; ".join(reasons) or None
 
 

@@ -6,8 +6,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from auto_round.inference.backends import all_backends, why_not
-from auto_round.inference.backends.torch_cpu_int4 import MAX_TOKENS
+from auto_round.inference.backends import BACKENDS, all_backends, why_not
 from auto_round.inference.layer import LayerSpec
 from auto_round.layouts import LAYOUTS
 from auto_round.schemes import QuantizationScheme
@@ -84,13 +83,15 @@ def test_groups_out_of_order_are_honoured(make_case, backend, bits):
     scheme = QuantizationScheme(bits=bits, group_size=64, sym=False)
     for dtype in sorted(backend.dtypes, key=str):
         spec = spec_of(backend, "gptq", scheme, dtype, group_index=True, act_order=True)
+        if why_not(backend, spec) is not None:
+            pytest.skip(why_not(backend, spec))
         assert_computes(backend, make_case(spec, backend.name, shuffled=True), tokens=3)
 
 
 @pytest.mark.parametrize("backend", all_backends(), ids=lambda backend: backend.name)
 def test_each_undeclared_capability_is_refused_with_its_reason(backend):
     device, dtype = min(backend.devices), max(backend.dtypes, key=str)
-    group_size = min(backend.group_sizes) if backend.group_sizes else 32
+    group_size = min(size for size in backend.group_sizes or {32} if size > 0)
     scheme = QuantizationScheme(bits=min(backend.bits), group_size=group_size, sym=max(backend.sym))
     size = 1024 * backend.in_multiple, 1024 * backend.out_multiple
     base = LayerSpec(
@@ -101,7 +102,7 @@ def test_each_undeclared_capability_is_refused_with_its_reason(backend):
     assert why_not(backend, base) is None
     refusals = {
         "layout=none": dataclasses.replace(base, layout="none"),
-        "device=hpu": dataclasses.replace(base, device="hpu"),
+        "device=mps": dataclasses.replace(base, device="mps"),
         "dtype=float64": dataclasses.replace(base, dtype=torch.float64),
         **{
             f"bits={bits} (only": dataclasses.replace(base, scheme=scheme.replace(bits=bits))
@@ -127,26 +128,9 @@ def test_each_undeclared_capability_is_refused_with_its_reason(backend):
 
 
 def test_a_missing_package_is_named_with_its_pip_line():
-    backend = dataclasses.replace(all_backends()[0], requires=("no_such_package",))
+    backend = dataclasses.replace(BACKENDS["torch"], requires=("no_such_package",))
     spec = LayerSpec(name="up", in_features=32, out_features=32, scheme=QuantizationScheme(), layout="gptq")
     assert "needs no_such_package (pip install no_such_package)" in why_not(backend, spec)
-
-
-def int4_case(make_case, **fields):
-    scheme = QuantizationScheme(group_size=32, sym=False)
-    base = {"name": "up", "in_features": 64, "out_features": 32, "scheme": scheme, "layout": "gptq"}
-    return make_case(LayerSpec(**{**base, "dtype": torch.bfloat16, "bias": True, **fields}), "torch_cpu_int4").ready()
-
-
-@pytest.mark.parametrize(
-    "x",
-    [torch.randn(MAX_TOKENS + 1, 64).bfloat16(), torch.randn(3, 64), torch.randn(3, 64).half(), torch.randn(0, 64)],
-    ids=["many tokens", "float32", "float16", "no token"],
-)
-def test_calls_the_int4_operator_does_not_serve_are_dequantized_exactly(make_case, x):
-    case = int4_case(make_case)
-    expected = F.linear(x, case.weight.to(x.dtype), case.bias.to(x.dtype))
-    assert torch.equal(case.layer(x), expected)
 
 
 @pytest.mark.parametrize("backend", ["torch", "torch_cpu_int4"])

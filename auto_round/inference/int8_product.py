@@ -1,0 +1,99 @@
+"""Products of activations, rounded to 8 bits for each token and group of features, with integer weights, on a CPU.
+
+Sums within a group are exact 32-bit integers (VNNI); scales and the sum over groups are float32. Rounding the
+activations costs a relative error of 0.6 % for normally distributed ones, and an outlier spoils its own group only.
+
+Shape letters: O out features, I in features, G groups, K group size, T features of a tile, M tokens, N groups at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+LARGEST = 127
+# Below this a group counts as zeros; LARGEST divided by it is still finite.
+SMALLEST = 1e-30
+# More are taken in several blocks. Measured on one core (Zen 4, 1 MB of second-level cache), 512 tokens x 11008 x 4096
+# in 4 bits: 205 ms with blocks of 256 tokens, 236 ms with 128.
+MOST_TOKENS = 256
+
+
+class Tile(Protocol):
+    """Some output features of a weight."""
+
+    @property
+    def features(self) -> slice:
+        """Which ones."""
+        ...
+
+    def matrices(self, groups: slice) -> Tensor:
+        """Returns (N, K, T) int8: weights of some groups in units of their scale, before zero points."""
+        ...
+
+
+def tile_widths(features: int, most: int) -> tuple[int, ...]:
+    """Returns widths of nearly equal tiles of at most `most` features rounded up to 64, the last one the narrowest."""
+    count = -(-features // most)
+    width = -(-features // count // 64) * 64
+    return tuple(min(width, features - start) for start in range(0, features, width))
+
+
+def quantize_activations(x_MI: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
+    """Returns (G, M, K) int8 and the (G, M, 1) float32 steps they are multiples of."""
+    grouped_GMK = x_MI.unflatten(1, (-1, group_size)).transpose(0, 1).float().contiguous()
+    largest_GM1 = grouped_GMK.abs().amax(dim=-1, keepdim=True).clamp_(min=SMALLEST)
+    codes_GMK = (grouped_GMK * (LARGEST / largest_GM1)).round_().to(torch.int8)
+    return codes_GMK, largest_GM1.div_(LARGEST)
+
+
+def int8_linear(x_MI: Tensor, tiles: Sequence[Tile], scale_GO: Tensor, zero_GO: Tensor | None = None) -> Tensor:
+    """Returns (M, O) products in x's dtype.
+
+    Args:
+        x_MI: tokens, at least one.
+        tiles: all output features of the weight.
+        scale_GO: float32, what a unit of the matrices of the tiles counts.
+        zero_GO: zero points in these units, of any integer dtype; None: all are 0.
+    """
+    y_MO = torch.empty((x_MI.shape[0], scale_GO.shape[1]), dtype=x_MI.dtype)
+    group_size = x_MI.shape[1] // scale_GO.shape[0]
+    blocks = -(-x_MI.shape[0] // MOST_TOKENS)
+    for x_block, y_block in zip(x_MI.tensor_split(blocks), y_MO.tensor_split(blocks), strict=True):
+        codes_GMK, step_GM1 = quantize_activations(x_block, group_size)
+        # All codes of a group share its zero point, so it is subtracted from the sums.
+        sum_MG = None if zero_GO is None else (codes_GMK.sum(dim=-1).float() * step_GM1.squeeze(-1)).t()
+        for tile in tiles:
+            scale_GT = scale_GO[:, tile.features]
+            if sum_MG is None:
+                y_MT = torch.zeros((x_block.shape[0], scale_GT.shape[1]))
+            else:
+                y_MT = (sum_MG @ (zero_GO[:, tile.features] * scale_GT)).neg_()
+            _add_products(y_MT, codes_GMK, step_GM1, tile, scale_GT)
+            y_block[:, tile.features] = y_MT
+    return y_MO
+
+
+def _add_products(y_MT: Tensor, codes_GMK: Tensor, step_GM1: Tensor, tile: Tile, scale_GT: Tensor) -> None:
+    """Adds the products with one tile to `y_MT`, some groups at a time."""
+    groups, tokens, size = codes_GMK.shape
+    count = _groups_at_once(tokens, size)
+    sums_NMT = torch.empty((count, *y_MT.shape), dtype=torch.int32)
+    scaled_NMT = torch.empty((count, *y_MT.shape))
+    for start in range(0, groups, count):
+        some = slice(start, min(start + count, groups))
+        matrices_NKT = tile.matrices(some)
+        for codes_MK, matrix_KT, sum_MT in zip(codes_GMK[some], matrices_NKT, sums_NMT, strict=False):
+            torch._int_mm(codes_MK, matrix_KT, out=sum_MT)
+        present = some.stop - some.start
+        scaled_NMT[:present].copy_(sums_NMT[:present]).mul_(step_GM1[some])
+        for scaled_MT, scale_T in zip(scaled_NMT, scale_GT[some], strict=False):
+            y_MT.addcmul_(scaled_MT, scale_T)
+
+
+def _groups_at_once(tokens: int, group_size: int) -> int:
+    """Returns how many groups to take so that what lies between two products, about 1 MB, stays in the cache."""
+    return max(min(512 // group_size, 256 // tokens), 1)

@@ -1,0 +1,95 @@
+"""One suite for all registered formats: what one declares is written and reads back, what it does not is refused."""
+
+import json
+import re
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from auto_round.config import SchemeConfig
+from auto_round.formats import EXPORTERS
+from auto_round.formats.capability import ALL_BITS, BOTH
+from auto_round.models import discover
+from auto_round.plan import resolve
+
+FORMATS = {name: exporter for name, exporter in EXPORTERS.items() if name == exporter.name}
+INTEGER_SETS = [
+    (name, schemes)
+    for name, exporter in FORMATS.items()
+    for schemes in exporter.capability.schemes
+    if "int" in (schemes.data_types or {"int"}) and 16 in (schemes.act_bits or {16})
+]
+CASES = [
+    pytest.param(name, bits, sym, schemes, id=f"{name}-w{bits}-{'sym' if sym else 'asym'}")
+    for name, schemes in INTEGER_SETS
+    for bits in sorted(schemes.bits or ALL_BITS)
+    for sym in sorted(schemes.sym or BOTH, reverse=True)
+]
+
+
+@pytest.mark.parametrize(("name", "bits", "sym", "schemes"), CASES)
+def test_what_is_declared_is_written_and_reads_back(export_model, name, bits, sym, schemes):
+    size = 32 if schemes.group_sizes is None or 32 in schemes.group_sizes else -1
+    exported = export_model(name, bits=bits, sym=sym, group_size=size, model={"attention_bias": True})
+    exporter, tensors = EXPORTERS[name], load_file(exported.folder / "model.safetensors")
+    original = load_file(exported.original / "model.safetensors")
+    left = dict(tensors)
+    for parameter, weight in exported.weights.items():
+        layout = exporter.layout_for(weight.scheme, exported.plan)
+        if layout is None:
+            assert torch.equal(left.pop(parameter), weight.dequantize(original[parameter].dtype))
+            continue
+        specs = layout.specs(weight.scheme, weight.shape)
+        layer = parameter.removesuffix(".weight")
+        packed = {local: left.pop(f"{layer}.{local}") for local in specs}
+        found = {local: (tuple(t.shape), str(t.dtype).removeprefix("torch.")) for local, t in packed.items()}
+        assert found == specs
+        read = layout.unpack(packed, weight.scheme, weight.shape)
+        assert torch.equal(read.codes, weight.codes)
+        assert torch.equal(read.scale, weight.scale)
+        assert torch.equal(read.zero_points(), weight.zero_points())
+    assert left.keys() == original.keys() - exported.weights.keys()
+    for key, tensor in left.items():
+        assert torch.equal(tensor.float(), original[key].float()), key
+        own = exporter.container.bias_dtype if key.endswith("_proj.bias") else None
+        assert str(tensor.dtype).removeprefix("torch.") == (own or "bfloat16"), key
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_the_quantization_config_is_where_the_format_says(export_model, name):
+    container = EXPORTERS[name].container
+    folder = export_model(name, bits=4).folder
+    config = json.loads((folder / "config.json").read_text())
+    assert config["dtype"] == "bfloat16"
+    if name == "fake":
+        assert not {"quantization_config", "quantization"} & set(config)
+        return
+    for key in container.config_keys:
+        said = json.dumps(config[key])
+        assert re.search(r'"(num_)?bits": 4\b', said)
+        assert re.search(r'"group_size": 32\b', said)
+    written = {file.name for file in folder.glob("quant*_config.json")}
+    assert written == set(container.config_files)
+    for file in written:
+        assert json.loads((folder / file).read_text()) == config["quantization_config"]
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_what_is_not_declared_is_refused_with_a_way_out(make_model, name):
+    structure = discover(make_model())
+    own = [schemes for other, schemes in INTEGER_SETS if other == name]
+    for bits in ALL_BITS:
+        plan = resolve(structure, SchemeConfig(bits=bits, group_size=32))
+        reasons = EXPORTERS[name].refusals(plan)
+        if any(schemes.bits is None or bits in schemes.bits for schemes in own):
+            assert reasons == []
+        else:
+            assert any(f"bits={bits} (only " in reason and "Use --bits" in reason for reason in reasons)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_format_describes_itself(name):
+    cells = FORMATS[name].capability.describe()
+    assert all(cells.values())
+    assert FORMATS[name].summary
