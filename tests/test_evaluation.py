@@ -14,6 +14,7 @@ from auto_round.errors import CalibrationError, ConfigError, MissingDependencyEr
 from auto_round.evaluation import (
     EvalSettings,
     check_formats,
+    load_for_evaluation,
     perplexity,
     perplexity_of_folder,
     task_scores,
@@ -112,6 +113,17 @@ def test_a_format_that_transformers_does_not_load_is_refused_before_a_run():
     check_formats([EXPORTERS["auto_gptq"], EXPORTERS["fake"]])
     with pytest.raises(UnsupportedError, match=r"mlx cannot be evaluated here.*--format fake"):
         check_formats([EXPORTERS["auto_gptq"], EXPORTERS["mlx"]])
+
+
+def test_a_quantized_folder_is_computed_exactly_on_a_cpu(make_model, tokenizer, tmp_path):
+    """In bfloat16 the backend chosen otherwise may round activations."""
+    make_model().to(torch.bfloat16).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    quantizer = AutoRound(str(tmp_path / "model"), bits=4, group_size=32, iters=0, disable_opt_rtn=True)
+    quantizer.quantize_and_save(str(tmp_path / "int4"))
+    loaded = load_for_evaluation(tmp_path / "int4", EvalSettings(device="cpu"))
+    assert loaded.dtype == torch.bfloat16
+    assert loaded.hf_quantizer.used_backends == ["auto_round:torch"]
 
 
 def test_a_missing_text_of_a_folder_is_told_before_its_weights_are_loaded(make_model, tokenizer, tmp_path, monkeypatch):

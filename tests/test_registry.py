@@ -32,6 +32,12 @@ def test_a_name_cannot_be_taken_twice(fruits):
     assert fruits["apple"] == 1
 
 
+def test_nothing_is_entered_if_one_of_several_names_is_taken(fruits):
+    with pytest.raises(ValueError, match="fruit 'apple' is registered twice"):
+        fruits.register("cherry", "apple")(3)
+    assert "cherry" not in fruits
+
+
 def test_an_unknown_name_lists_the_nearest_and_the_known_ones_sorted(fruits):
     with pytest.raises(ConfigError) as caught:
         fruits["appel"]

@@ -1,10 +1,15 @@
+import dataclasses
+import re
+
 import pytest
+import torch
 
 from auto_round import report
 from auto_round.calibration import DATASETS
 from auto_round.config import RunConfig
 from auto_round.formats import EXPORTERS
-from auto_round.inference.backends import all_backends
+from auto_round.inference import backends
+from auto_round.inference.backends import Backend, all_backends
 from auto_round.models import discover
 from auto_round.plan import resolve
 from auto_round.schemes import PRESET_SCHEMES
@@ -90,3 +95,34 @@ def test_where_activations_are_kept_is_told(make_model):
 def test_models_with_other_layer_names_have_an_estimate_too(kind, make_model):
     _, chain = parse(memory(make_model(kind), nsamples=4096, seqlen=8192, iters=1))
     assert chain == 24
+
+
+def test_a_backend_is_described_by_what_it_declares(monkeypatch):
+    theirs = Backend(
+        name="theirs:fast",
+        aliases=("fast", "quick"),
+        prepare=print,
+        layouts=frozenset({"gptq", "awq"}),
+        devices=frozenset({"xpu", "cpu"}),
+        bits=frozenset({8, 4}),
+        sym=frozenset({True}),
+        dtypes=frozenset({torch.float16, torch.bfloat16}),
+        requires=("no_such_package",),
+        pip="no-such-package",
+        priority=7,
+        priority_here=lambda: 2,
+    )
+    monkeypatch.setattr(backends, "all_backends", lambda: [theirs, dataclasses.replace(theirs, name="b", requires=())])
+    header, first, second = (re.split("  +", line) for line in report.describe_backends().splitlines())
+    assert dict(zip(header, first, strict=True)) == {
+        "backend": "theirs:fast",
+        "also called": "fast, quick",
+        "devices": "cpu, xpu",
+        "bits": "4, 8",
+        "layouts": "awq, gptq",
+        "symmetric": "yes",
+        "dtypes": "bf16, fp16",
+        "needs": "no-such-package (not installed)",
+        "priority": "2",
+    }
+    assert dict(zip(header, second, strict=True))["needs"] == "nothing"

@@ -152,7 +152,8 @@ class Capability:
             head: name of the model's output layer.
         """
         width = entry.layer.shape[1]
-        found = min((schemes.mismatches(entry.scheme, width) for schemes in self.schemes), key=len)
+        # A scheme of another data type is no near miss, however few its fields that differ.
+        found = min((schemes.mismatches(entry.scheme, width) for schemes in self.schemes), key=_distance)
         size = effective_group_size(entry.scheme.group_size, width)
         if not found and not self.partial_groups and width % size:
             found = [Mismatch(f"groups of {size} that do not divide {width} inputs")]
@@ -194,6 +195,10 @@ class Capability:
             yield Mismatch("a quantized output layer", remedy="Leave out --quant_lm_head")
         if layer.block is None and layer.name != head and not self.outside:
             yield Mismatch("quantized layers outside the blocks")
+
+
+def _distance(found: Sequence[Mismatch]) -> tuple[bool, int]:
+    return any(one.changes is not None and one.changes[0] == "data_type" for one in found), len(found)
 
 
 def counted(entries: Sequence[PlanEntry]) -> str:

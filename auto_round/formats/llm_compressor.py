@@ -15,7 +15,7 @@ from typing import Any
 
 from auto_round.config import RunConfig
 from auto_round.formats.base import EXPORTERS, Container
-from auto_round.formats.capability import NO_CACHE_SCALES, Capability, SchemeSet
+from auto_round.formats.capability import Capability, SchemeSet, counted
 from auto_round.layouts import LAYOUTS, Layout
 from auto_round.plan import Plan, PlanEntry
 from auto_round.schemes import STATIC_GLOBAL_SCALE, ActivationScheme, QuantizationScheme
@@ -228,16 +228,18 @@ def ignored(plan: Plan) -> list[str]:
 
 
 def compressed_refusals(plan: Plan, capability: Capability) -> list[str]:
-    """Returns why a plan cannot be held, equal reasons joined with a layer count, each with what to do."""
+    """Returns why a plan cannot be held: by what is declared, else what no declaration says of types that go together.
+
+    Equal reasons are joined with a layer count; each says what to do.
+    """
+    texts = capability.refusals(plan)
+    if texts:
+        return texts
     grouped: dict[tuple[str, str], list[PlanEntry]] = {}
     for entry in plan.quantized().values():
         for refusal in _refusals_of(entry):
             grouped.setdefault(refusal, []).append(entry)
-    texts = [
-        f"cannot store {reason} for {len(entries)} layers, e.g. {entries[0].layer.name}. {advice}"
-        for (reason, advice), entries in grouped.items()
-    ]
-    return texts + ([NO_CACHE_SCALES] if plan.has_cache_scales and not capability.cache_scales else [])
+    return [f"cannot store {reason} for {counted(entries)}. {advice}" for (reason, advice), entries in grouped.items()]
 
 
 def _refusals_of(entry: PlanEntry) -> list[tuple[str, str]]:
