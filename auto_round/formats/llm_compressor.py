@@ -51,10 +51,7 @@ def _float_set(name: str, bits: int, group: int, act_type: set[str]) -> SchemeSe
 
 FP8 = SchemeSet(data_types=frozenset({"fp"}), bits=EIGHT, sym=SYM, group_sizes=NO_GROUPS, per_tensor=True)
 QUANTIZED_FP8 = dataclasses.replace(FP8, act_bits=EIGHT, act_data_types=frozenset({"fp"}))
-INT_TO_INT = SchemeSet(
-    act_bits=frozenset({4, 8}), act_data_types=frozenset({"int"}),
-    act_group_sizes=frozenset({-1}), act_dynamic=DYNAMIC,
-)  # fmt: skip
+INT_TO_INT = SchemeSet(act_bits=frozenset({4, 8}), act_data_types=frozenset({"int"}), act_dynamic=DYNAMIC)
 COMPRESSED_TENSORS = Capability(
     schemes=(
         SchemeSet(),
