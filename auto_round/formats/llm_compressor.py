@@ -128,9 +128,9 @@ def compressed_layout(scheme: QuantizationScheme) -> Layout:
 def _is_int8_product(scheme: QuantizationScheme) -> bool:
     """Whether engines multiply int8 by int8. Weights of fewer bits stay packed, also where activations have 8."""
     activation = scheme.activation
-    whole_rows = scheme.bits == 8 and scheme.sym and scheme.group_size == -1
-    eight_bits = activation is not None and (activation.data_type, activation.bits) == ("int", 8)
-    return whole_rows and eight_bits and activation is not None and activation.group_size <= 0
+    if activation is None or (activation.data_type, activation.bits) != ("int", 8) or activation.group_size > 0:
+        return False
+    return scheme.bits == 8 and scheme.sym and scheme.group_size == -1
 
 
 def compression_format(scheme: QuantizationScheme) -> str:
@@ -225,18 +225,16 @@ def ignored(plan: Plan) -> list[str]:
 
 
 def compressed_refusals(plan: Plan, capability: Capability) -> list[str]:
-    """Returns why a plan cannot be held: by what is declared, else what no declaration says of types that go together.
+    """Returns why a plan cannot be held, equal reasons joined with a layer count, each with what to do.
 
-    Equal reasons are joined with a layer count; each says what to do.
+    What no engine takes together is told in the words of its types; the rest as the capability declares it.
     """
-    texts = capability.refusals(plan)
-    if texts:
-        return texts
     grouped: dict[tuple[str, str], list[PlanEntry]] = {}
     for entry in plan.quantized().values():
         for refusal in _refusals_of(entry):
             grouped.setdefault(refusal, []).append(entry)
-    return [f"cannot store {reason} for {counted(entries)}. {advice}" for (reason, advice), entries in grouped.items()]
+    texts = [f"cannot store {reason} for {counted(entries)}. {advice}" for (reason, advice), entries in grouped.items()]
+    return texts or capability.refusals(plan)
 
 
 def _refusals_of(entry: PlanEntry) -> list[tuple[str, str]]:

@@ -8,7 +8,8 @@ Shape letters: O out features, I in features, G groups, K group size, T features
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 import torch
@@ -30,8 +31,11 @@ class Tile(Protocol):
         """Which ones."""
         ...
 
-    def matrices(self, groups: slice) -> Tensor:
-        """Returns (N, K, T) int8: weights of some groups in units of their scale, before zero points."""
+    def matrices(self, count: int) -> Iterator[Sequence[Tensor]]:
+        """Yields a (K, T) int8 matrix for each of the first `count` groups, of the next ones, and so on.
+
+        They hold weights in units of their scale, before zero points, and are used before the next ones are asked for.
+        """
         ...
 
 
@@ -42,12 +46,18 @@ def tile_widths(features: int, most: int) -> tuple[int, ...]:
     return tuple(min(width, features - start) for start in range(0, features, width))
 
 
+def tile_features(widths: Sequence[int]) -> list[slice]:
+    """Returns the output features of tiles that follow each other."""
+    stops = itertools.accumulate(widths)
+    return [slice(stop - width, stop) for stop, width in zip(stops, widths, strict=True)]
+
+
 def quantize_activations(x_MI: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
     """Returns (G, M, K) int8 and the (G, M, 1) float32 steps they are multiples of."""
-    grouped_GMK = x_MI.unflatten(1, (-1, group_size)).transpose(0, 1).float().contiguous()
+    grouped_GMK = torch.empty((x_MI.shape[1] // group_size, x_MI.shape[0], group_size))
+    grouped_GMK.copy_(x_MI.unflatten(1, (-1, group_size)).transpose(0, 1))
     largest_GM1 = grouped_GMK.abs().amax(dim=-1, keepdim=True).clamp_(min=SMALLEST)
-    codes_GMK = (grouped_GMK * (LARGEST / largest_GM1)).round_().to(torch.int8)
-    return codes_GMK, largest_GM1.div_(LARGEST)
+    return grouped_GMK.mul_(LARGEST / largest_GM1).round_().to(torch.int8), largest_GM1.div_(LARGEST)
 
 
 def int8_linear(x_MI: Tensor, tiles: Sequence[Tile], scale_GO: Tensor, zero_GO: Tensor | None = None) -> Tensor:
@@ -79,21 +89,28 @@ def int8_linear(x_MI: Tensor, tiles: Sequence[Tile], scale_GO: Tensor, zero_GO: 
 
 def _add_products(y_MT: Tensor, codes_GMK: Tensor, step_GM1: Tensor, tile: Tile, scale_GT: Tensor) -> None:
     """Adds the products with one tile to `y_MT`, some groups at a time."""
-    groups, tokens, size = codes_GMK.shape
-    count = _groups_at_once(tokens, size)
+    count = _groups_at_once(codes_GMK.shape[1], codes_GMK.shape[2])
     sums_NMT = torch.empty((count, *y_MT.shape), dtype=torch.int32)
     scaled_NMT = torch.empty((count, *y_MT.shape))
-    for start in range(0, groups, count):
-        some = slice(start, min(start + count, groups))
-        matrices_NKT = tile.matrices(some)
-        for codes_MK, matrix_KT, sum_MT in zip(codes_GMK[some], matrices_NKT, sums_NMT, strict=False):
+    # Views are made once and not in the loop, where they took a tenth of the time of 16 tokens.
+    sums, scaled, scales = sums_NMT.unbind(), scaled_NMT.unbind(), iter(scale_GT.unbind())
+    bunches = zip(codes_GMK.split(count), step_GM1.split(count), tile.matrices(count), strict=True)
+    for codes_NMK, step_NM1, matrices in bunches:
+        for codes_MK, matrix_KT, sum_MT in zip(codes_NMK.unbind(), matrices, sums, strict=False):
             torch._int_mm(codes_MK, matrix_KT, out=sum_MT)
-        present = some.stop - some.start
-        scaled_NMT[:present].copy_(sums_NMT[:present]).mul_(step_GM1[some])
-        for scaled_MT, scale_T in zip(scaled_NMT, scale_GT[some], strict=False):
-            y_MT.addcmul_(scaled_MT, scale_T)
+        present = len(matrices)
+        if present < count:
+            sums_NMT, scaled_NMT = sums_NMT[:present], scaled_NMT[:present]
+        scaled_NMT.copy_(sums_NMT).mul_(step_NM1)
+        for scaled_MT in scaled[:present]:
+            y_MT.addcmul_(scaled_MT, next(scales))
 
 
 def _groups_at_once(tokens: int, group_size: int) -> int:
-    """Returns how many groups to take so that what lies between two products, about 1 MB, stays in the cache."""
-    return max(min(512 // group_size, 256 // tokens), 1)
+    """Returns how many groups to take: fewer calls, as long as what lies between two products stays in the cache.
+
+    Measured on one core (Zen 4, 1 MB of second-level cache) with tiles of 2048 features and groups of 128: 9 tokens
+    take 10 % less with four groups than with two, 64 tokens 7 % less with two than with four, 256 tokens 10 % less with
+    one than with two.
+    """
+    return max(min(512 // group_size, 128 // tokens), 1)

@@ -11,9 +11,12 @@ Shape letters: O out features, I in features, G groups, K group size, H = K / 2,
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
+
+from auto_round.inference.int8_product import tile_features
 
 # What codes are multiplied with in `NibbleTile.matrices`.
 FACTOR = 16
@@ -33,20 +36,24 @@ class NibbleTile:
     features: slice
     nibbles_GHT: Tensor
 
-    def matrices(self, groups: slice) -> Tensor:
-        """Returns (N, K, T) int8, FACTOR times the signed codes of some groups."""
-        nibbles_NHT = self.nibbles_GHT[groups]
-        count, half, width = nibbles_NHT.shape
-        matrices_NKT = torch.empty((count, 2 * half, width), dtype=torch.int8)
+    def matrices(self, count: int) -> Iterator[Sequence[Tensor]]:
+        """Yields (K, T) int8 matrices of `count` groups after another, FACTOR times their signed codes."""
+        groups, half, width = self.nibbles_GHT.shape
+        matrices_NKT = torch.empty((min(count, groups), 2 * half, width), dtype=torch.int8)
         lower, upper = matrices_NKT[:, :half].view(torch.uint8), matrices_NKT[:, half:].view(torch.int64)
-        # For 128 KB: the product takes 3 us, a shift of bytes 12; AND on 8 bytes at a time 6 us, on single ones 16.
-        torch.mul(nibbles_NHT, FACTOR, out=lower)
-        torch.bitwise_and(nibbles_NHT.view(torch.int64), UPPER_HALVES, out=upper)
-        return matrices_NKT
+        matrices = matrices_NKT.unbind()
+        for nibbles_NHT in self.nibbles_GHT.split(count):
+            present = len(nibbles_NHT)
+            if present < len(matrices):
+                lower, upper, matrices = lower[:present], upper[:present], matrices[:present]
+            # For 128 KB: the product takes 3 us, a shift of bytes 12; AND on 8 bytes at a time 6 us, on single ones 16.
+            torch.mul(nibbles_NHT, FACTOR, out=lower)
+            torch.bitwise_and(nibbles_NHT.view(torch.int64), UPPER_HALVES, out=upper)
+            yield matrices
 
     def codes(self, bits: int) -> Tensor:
         """Returns (T, I) uint8 codes, what `pack_nibbles` was given."""
-        signed_IT = self.matrices(slice(None)).flatten(0, 1) >> 4
+        signed_IT = torch.cat([matrix_KT >> 4 for (matrix_KT,) in self.matrices(1)])
         return (signed_IT + 2 ** (bits - 1)).to(torch.uint8).t().contiguous()
 
     def dequantize(self, scale_GT: Tensor, zero_GT: Tensor | None, dtype: torch.dtype) -> Tensor:
@@ -59,8 +66,8 @@ class NibbleTile:
         """
         groups, half, width = self.nibbles_GHT.shape
         weight_GKT = torch.empty((groups, 2 * half, width), dtype=dtype)
-        for group in range(groups):
-            codes_KT = self.matrices(slice(group, group + 1))[0].float()
+        for group, (matrix_KT,) in enumerate(self.matrices(1)):
+            codes_KT = matrix_KT.float()
             if zero_GT is not None:
                 codes_KT -= zero_GT[group]
             weight_GKT[group] = codes_KT.mul_(scale_GT[group])
@@ -87,8 +94,7 @@ def pack_nibbles(codes_OI: Tensor, bits: int, group_size: int, widths: tuple[int
 def tiles_of(nibbles: Tensor, in_features: int, group_size: int, widths: tuple[int, ...]) -> list[NibbleTile]:
     """Returns views of what `pack_nibbles` gave."""
     parts = nibbles.split([width * in_features // 2 for width in widths])
-    stops = torch.tensor(widths).cumsum(0).tolist()
     return [
-        NibbleTile(slice(stop - width, stop), part.view(-1, group_size // 2, width))
-        for part, width, stop in zip(parts, widths, stops, strict=True)
+        NibbleTile(features, part.view(-1, group_size // 2, width))
+        for features, part, width in zip(tile_features(widths), parts, widths, strict=True)
     ]

@@ -74,7 +74,7 @@ def test_reasons_of_all_formats_are_reported_together(make_model):
         check(plan, [EXPORTERS["auto_round:auto_awq"], EXPORTERS["auto_round"], EXPORTERS["fake"]])
     lines = str(error.value).splitlines()
     assert any(line.startswith("auto_round:auto_awq: cannot store bits=3") for line in lines)
-    assert any(line.startswith("auto_round: cannot store act_dynamic=False (only True)") for line in lines)
+    assert any(line.startswith("auto_round: cannot store activations int8 per tensor static") for line in lines)
     assert "auto_round: this holds everything that was asked: --format fake" in lines
     assert not any(line.startswith("fake") for line in lines)
 

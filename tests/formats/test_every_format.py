@@ -110,7 +110,10 @@ def test_what_is_not_declared_is_refused_with_a_way_out(make_model, name):
         if any(schemes.bits is None or bits in schemes.bits for schemes in own):
             assert reasons == []
         else:
-            assert any(f"bits={bits} (only " in reason and "Use --bits" in reason for reason in reasons)
+            assert any(
+                f"bits={bits} (only " in reason and ("Use --bits" in reason or "--scheme" in reason)
+                for reason in reasons
+            )
 
 
 @pytest.mark.parametrize("name", FORMATS)

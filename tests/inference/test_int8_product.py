@@ -16,8 +16,8 @@ class PlainTile:
     features: slice
     codes_GKT: Tensor
 
-    def matrices(self, groups):
-        return self.codes_GKT[groups]
+    def matrices(self, count):
+        yield from self.codes_GKT.split(count)
 
 
 def make(tokens=5, features=80, groups=3, size=32, widths=(64, 16), spread=1.0):

@@ -30,10 +30,12 @@ def test_codes_come_back(bits):
 @pytest.mark.parametrize("bits", [2, 3, 4])
 def test_matrices_hold_multiples_of_signed_codes(bits):
     codes, _, tiles = make(bits)
-    matrices = tiles[1].matrices(slice(1, 3))
-    assert (matrices.shape, matrices.dtype) == ((2, 32, 64), torch.int8)
-    expected = FACTOR * (codes[64:128, 32:96].int() - 2 ** (bits - 1))
-    assert torch.equal(matrices.flatten(0, 1).t().int(), expected)
+    for count in (1, 2, 3, 5):
+        bunches = [torch.stack(list(matrices)) for matrices in tiles[1].matrices(count)]
+        assert [len(bunch) for bunch in bunches] == {1: [1, 1, 1], 2: [2, 1], 3: [3], 5: [3]}[count]
+        assert bunches[0].dtype == torch.int8
+        expected = FACTOR * (codes[64:128].int() - 2 ** (bits - 1))
+        assert torch.equal(torch.cat(bunches).flatten(0, 1).t().int(), expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -12,13 +12,7 @@ from auto_round.config import TuneConfig
 from auto_round.data_types.activations import quantize_activation, stored_peak
 from auto_round.schemes import PRESET_SCHEMES
 from auto_round.tuning import TuningTask, tune
-from auto_round.tuning.activations import (
-    calibrated_peaks,
-    input_quantizers,
-    quantizers_of,
-    with_input_quantizers,
-    with_peaks,
-)
+from auto_round.tuning.activations import calibrated_peaks, input_quantizers, with_input_quantizers, with_peaks
 from auto_round.tuning.rtn import PlainRounding
 
 STATIC = PRESET_SCHEMES["FP8_STATIC"]
@@ -157,7 +151,8 @@ def test_tuning_measures_the_loss_of_quantized_activations(preset, iters, make_t
         return
     assert result.best_loss <= result.first_loss
     # The reported loss is that of the dequantized weights, run with their inputs quantized.
-    block = with_input_quantizers(task.block, quantizers_of(result))
+    peaks = {name: weight.input_peak for name, weight in result.weights.items() if calibrated}
+    block = with_input_quantizers(task.block, input_quantizers(task.schemes, peaks))
     dense = {name: weight.dequantize() for name, weight in result.weights.items()}
     with torch.no_grad():
         error = (block.forward(task.inputs, torch.arange(8), dense) - task.targets).square().mean()

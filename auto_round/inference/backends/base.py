@@ -32,7 +32,8 @@ class Backend:
         requires: packages that must be installed, as they are imported.
         pip: what to give to `pip install` for them, if that has another name.
         brings: what installing them would bring, for people.
-        priority: the highest that accepts a layer is chosen by "auto".
+        refuses: what the other fields cannot say: returns why a layer is not accepted, or None.
+        priority: the highest that accepts a layer is chosen by "auto"; below 0 a backend has to be named.
         priority_here: the priority on this machine, where that depends on its processor.
     """
 
@@ -54,6 +55,7 @@ class Backend:
     pip: str = ""
     brings: str = ""
     priority_here: Callable[[], int] | None = None
+    refuses: Callable[[LayerSpec], str | None] | None = None
 
     def rank(self) -> int:
         """Returns the priority on this machine."""
@@ -97,10 +99,21 @@ def why_not(backend: Backend, spec: LayerSpec) -> str | None:
         reasons.append(f"in_features={spec.in_features} is no multiple of {backend.in_multiple}")
     if spec.out_features % backend.out_multiple:
         reasons.append(f"out_features={spec.out_features} is no multiple of {backend.out_multiple}")
+    reason = backend.refuses(spec) if backend.refuses is not None else None
+    if reason is not None:
+        reasons.append(reason)
     missing = backend.missing()
     if missing:
         reasons.append(f"needs {', '.join(missing)} (pip install {backend.packages()})")
     return "; ".join(reasons) or None
+
+
+def why_not_this_gpu(spec: LayerSpec) -> str | None:
+    """Returns why kernels for NVIDIA GPUs with bfloat16 tensor cores cannot run here; None where no GPU is seen."""
+    if spec.device == "cuda" and torch.cuda.is_available():
+        if torch.version.hip or torch.cuda.get_device_capability() < (8, 0):
+            return "needs an NVIDIA GPU of compute capability 8.0 or later"
+    return None
 
 
 def _text(value: object) -> str:

@@ -12,6 +12,7 @@ Shape letters: O out features, I in features, G groups, K group size, M tokens, 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -19,7 +20,7 @@ from torch.nn import functional as F
 
 from auto_round.inference.backends.base import Backend, register_backend
 from auto_round.inference.backends.torch_any import unpack_codes, zero_points
-from auto_round.inference.int8_product import int8_linear, tile_widths
+from auto_round.inference.int8_product import int8_linear, tile_features, tile_widths
 from auto_round.inference.layer import QuantizedLinear, WeightKernel
 from auto_round.inference.processor import has_int8_dot_product
 
@@ -39,9 +40,11 @@ class RowTile:
     features: slice
     signed_GTK: Tensor
 
-    def matrices(self, groups: slice) -> Tensor:
-        """Returns (N, K, T) int8, the signed codes of some groups."""
-        return self.signed_GTK[groups].transpose(1, 2)
+    def matrices(self, count: int) -> Iterator[Sequence[Tensor]]:
+        """Yields (K, T) int8 matrices of `count` groups after another, their signed codes."""
+        matrices = self.signed_GTK.transpose(1, 2).unbind()
+        for start in range(0, len(matrices), count):
+            yield matrices[start : start + count]
 
 
 class CpuInt8Kernel(WeightKernel):
@@ -102,9 +105,7 @@ class CpuInt8Kernel(WeightKernel):
 
     def _tiles(self) -> list[RowTile]:
         widths = tile_widths(self.scale_GO.shape[1], TILE_FEATURES * torch.get_num_threads())
-        stops = torch.tensor(widths).cumsum(0).tolist()
-        features = [slice(stop - width, stop) for stop, width in zip(stops, widths, strict=True)]
-        return [RowTile(some, self.signed_GOK[:, some]) for some in features]
+        return [RowTile(features, self.signed_GOK[:, features]) for features in tile_features(widths)]
 
     def _operator_product(self, x_MI: Tensor) -> Tensor:
         """Returns (M, O): bfloat16 for one group, float32 sums over several."""

@@ -41,25 +41,33 @@ def spec_of(backend, layout, scheme, dtype, **fields):
     return LayerSpec(**{**base, "layout": layout, "scheme": scheme, "dtype": dtype, **fields})
 
 
-def assert_computes(backend, case, tokens):
+# Few and many tokens, as kernels have several ways.
+TOKENS = (3, 7, 20, 70)
+
+
+def assert_computes(backend, case, tokens=TOKENS):
     dtype, device = case.layer.spec.dtype, case.layer.spec.device
-    x = torch.randn(2, tokens, case.layer.in_features, dtype=dtype)
     bias = None if case.bias is None else case.bias.to(dtype)
-    y = case.ready().layer.to(device)(x.to(device)).cpu()
-    assert (y.shape, y.dtype) == ((2, tokens, case.layer.out_features), dtype)
-    if backend.name == MEANING and device == "cpu":
-        assert torch.equal(y, F.linear(x, case.weight.to(dtype).contiguous(), bias))
-    exact = F.linear(x.float(), case.weight, None if bias is None else bias.float())
-    assert float((y.float() - exact).norm() / exact.norm()) < TOLERANCE[dtype]
+    case.layer.to(device)  # before kernels are made: they prepare their weights for a device
+    case.ready()
+    for count in tokens:
+        x = torch.randn(2, count, case.layer.in_features, dtype=dtype)
+        with torch.no_grad():
+            y = case.layer(x.to(device)).cpu()
+        assert (y.shape, y.dtype) == ((2, count, case.layer.out_features), dtype)
+        if backend.name == MEANING and device == "cpu":
+            assert torch.equal(y, F.linear(x, case.weight.to(dtype).contiguous(), bias))
+        exact = F.linear(x.float(), case.weight, None if bias is None else bias.float())
+        assert float((y.float() - exact).norm() / exact.norm()) < TOLERANCE[dtype]
 
 
 @pytest.mark.parametrize(("backend", "layout", "scheme"), list(declared()))
 def test_output_is_the_torch_meaning_for_each_declared_scheme(make_case, backend, layout, scheme):
     for dtype in sorted(backend.dtypes, key=str):
-        spec = spec_of(backend, layout, scheme, dtype)
+        spec = spec_of(backend, layout, scheme, dtype, in_features=max(256, scheme.group_size))
         if why_not(backend, spec) is not None:
             pytest.skip(why_not(backend, spec))
-        assert_computes(backend, make_case(spec, backend.name), tokens=3)
+        assert_computes(backend, make_case(spec, backend.name))
 
 
 @pytest.mark.parametrize("backend", all_backends(), ids=lambda backend: backend.name)
@@ -72,7 +80,7 @@ def test_odd_shapes_are_computed_or_refused(make_case, backend, shape):
             fields = {"in_features": in_features, "out_features": out_features}
             spec = spec_of(backend, layout, scheme, max(backend.dtypes, key=str), **fields)
             if LAYOUTS[layout].refuses(scheme, shape) is None and why_not(backend, spec) is None:
-                assert_computes(backend, make_case(spec, backend.name), tokens=2)
+                assert_computes(backend, make_case(spec, backend.name), tokens=(2,))
 
 
 @pytest.mark.parametrize("backend", [b for b in all_backends() if b.act_order], ids=lambda backend: backend.name)
@@ -85,7 +93,7 @@ def test_groups_out_of_order_are_honoured(make_case, backend, bits):
         spec = spec_of(backend, "gptq", scheme, dtype, group_index=True, act_order=True)
         if why_not(backend, spec) is not None:
             pytest.skip(why_not(backend, spec))
-        assert_computes(backend, make_case(spec, backend.name, shuffled=True), tokens=3)
+        assert_computes(backend, make_case(spec, backend.name, shuffled=True), tokens=(3,))
 
 
 @pytest.mark.parametrize("backend", all_backends(), ids=lambda backend: backend.name)
@@ -141,3 +149,16 @@ def test_gradients_reach_the_input(make_case, backend):
     x = torch.randn(3, 64, dtype=torch.bfloat16, requires_grad=True)
     case.layer(x).sum().backward()
     torch.testing.assert_close(x.grad, case.weight.bfloat16().sum(0).expand(3, 64), rtol=2**-6, atol=1e-2)
+
+
+@pytest.mark.parametrize("name", ["triton", "tinygemm", "gptqmodel:marlin"])
+def test_kernels_for_newer_gpus_are_refused_on_older_ones(monkeypatch, name):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    scheme = QuantizationScheme(group_size=32)
+    spec = LayerSpec(
+        name="up", in_features=128, out_features=128, scheme=scheme, layout="gptq", dtype=torch.bfloat16, device="cuda"
+    )
+    text = "needs an NVIDIA GPU of compute capability 8.0 or later"
+    for capability, is_refused in {(7, 5): True, (8, 0): False, (9, 0): False}.items():
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda capability=capability: capability)
+        assert (text in (why_not(BACKENDS[name], spec) or "")) == is_refused
