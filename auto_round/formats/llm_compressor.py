@@ -15,7 +15,7 @@ from typing import Any
 
 from auto_round.config import RunConfig
 from auto_round.formats.base import EXPORTERS, Container
-from auto_round.formats.capability import ALL_BITS, Capability, SchemeSet, counted
+from auto_round.formats.capability import Capability, SchemeSet, counted
 from auto_round.layouts import LAYOUTS, Layout
 from auto_round.plan import Plan, PlanEntry
 from auto_round.schemes import STATIC_GLOBAL_SCALE, ActivationScheme, QuantizationScheme
@@ -51,13 +51,10 @@ def _float_set(name: str, bits: int, group: int, act_type: set[str]) -> SchemeSe
 
 FP8 = SchemeSet(data_types=frozenset({"fp"}), bits=EIGHT, sym=SYM, group_sizes=NO_GROUPS, per_tensor=True)
 QUANTIZED_FP8 = dataclasses.replace(FP8, act_bits=EIGHT, act_data_types=frozenset({"fp"}))
-INT_TO_INT = SchemeSet(
-    bits=ALL_BITS, act_bits=frozenset({4, 8}), act_data_types=frozenset({"int"}),
-    act_group_sizes=frozenset({-1}), act_dynamic=DYNAMIC,
-)  # fmt: skip
+INT_TO_INT = SchemeSet(act_bits=frozenset({4, 8}), act_data_types=frozenset({"int"}), act_dynamic=DYNAMIC)
 COMPRESSED_TENSORS = Capability(
     schemes=(
-        SchemeSet(bits=ALL_BITS),
+        SchemeSet(),
         INT_TO_INT,
         dataclasses.replace(
             INT_TO_INT, bits=EIGHT, sym=SYM, group_sizes=NO_GROUPS, act_bits=EIGHT, act_group_sizes=frozenset({0}),
@@ -131,9 +128,9 @@ def compressed_layout(scheme: QuantizationScheme) -> Layout:
 def _is_int8_product(scheme: QuantizationScheme) -> bool:
     """Whether engines multiply int8 by int8. Weights of fewer bits stay packed, also where activations have 8."""
     activation = scheme.activation
-    whole_rows = scheme.bits == 8 and scheme.sym and scheme.group_size == -1
-    eight_bits = activation is not None and (activation.data_type, activation.bits) == ("int", 8)
-    return whole_rows and eight_bits and activation is not None and activation.group_size <= 0
+    if activation is None or (activation.data_type, activation.bits) != ("int", 8) or activation.group_size > 0:
+        return False
+    return scheme.bits == 8 and scheme.sym and scheme.group_size == -1
 
 
 def compression_format(scheme: QuantizationScheme) -> str:
