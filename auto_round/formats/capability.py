@@ -152,7 +152,6 @@ class Capability:
             head: name of the model's output layer.
         """
         width = entry.layer.shape[1]
-        # A scheme of another data type is no near miss, however few its fields that differ.
         found = min((schemes.mismatches(entry.scheme, width) for schemes in self.schemes), key=_distance)
         size = effective_group_size(entry.scheme.group_size, width)
         if not found and not self.partial_groups and width % size:
@@ -197,8 +196,16 @@ class Capability:
             yield Mismatch("quantized layers outside the blocks")
 
 
-def _distance(found: Sequence[Mismatch]) -> tuple[bool, int]:
-    return any(one.changes is not None and one.changes[0] == "data_type" for one in found), len(found)
+def _distance(found: Sequence[Mismatch]) -> tuple[bool, bool, int, int, int]:
+    """Returns how far a scheme is from a set: what no other value cures, then how many fields change, then of weights.
+
+    Another data type, and activations that are not quantized at all, are no near miss.
+    """
+    changes = [one.changes for one in found if one.changes is not None]
+    fields = [field for field, _ in changes]
+    weight_fields = sum(not field.startswith("act_") for field in fields)
+    uncured = len(found) - len(changes)
+    return "data_type" in fields, ("act_bits", 16) in changes, uncured, len(found), weight_fields
 
 
 def counted(entries: Sequence[PlanEntry]) -> str:

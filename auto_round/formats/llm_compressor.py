@@ -15,7 +15,7 @@ from typing import Any
 
 from auto_round.config import RunConfig
 from auto_round.formats.base import EXPORTERS, Container
-from auto_round.formats.capability import ALL_BITS, Capability, SchemeSet, counted
+from auto_round.formats.capability import Capability, SchemeSet, counted
 from auto_round.layouts import Layout
 from auto_round.layouts.by_scheme import FLOAT_LAYOUTS, compressed_layout, is_int8_product
 from auto_round.plan import Plan, PlanEntry
@@ -50,13 +50,10 @@ def _float_set(name: str, bits: int, group: int, act_type: set[str]) -> SchemeSe
 
 FP8 = SchemeSet(data_types=frozenset({"fp"}), bits=EIGHT, sym=SYM, group_sizes=NO_GROUPS, per_tensor=True)
 QUANTIZED_FP8 = dataclasses.replace(FP8, act_bits=EIGHT, act_data_types=frozenset({"fp"}))
-INT_TO_INT = SchemeSet(
-    bits=ALL_BITS, act_bits=frozenset({4, 8}), act_data_types=frozenset({"int"}),
-    act_group_sizes=frozenset({-1}), act_dynamic=DYNAMIC,
-)  # fmt: skip
+INT_TO_INT = SchemeSet(act_bits=frozenset({4, 8}), act_data_types=frozenset({"int"}), act_dynamic=DYNAMIC)
 COMPRESSED_TENSORS = Capability(
     schemes=(
-        SchemeSet(bits=ALL_BITS),
+        SchemeSet(),
         INT_TO_INT,
         dataclasses.replace(
             INT_TO_INT, bits=EIGHT, sym=SYM, group_sizes=NO_GROUPS, act_bits=EIGHT, act_group_sizes=frozenset({0}),

@@ -90,6 +90,7 @@ def int8_linear(x_MI: Tensor, tiles: Sequence[Tile], scale_GO: Tensor, zero_GO: 
 def _add_products(y_MT: Tensor, codes_GMK: Tensor, step_GM1: Tensor, tile: Tile, scale_GT: Tensor) -> None:
     """Adds the products with one tile to `y_MT`, some groups at a time."""
     count = _groups_at_once(codes_GMK.shape[1], codes_GMK.shape[2])
+    count = min(count, codes_GMK.shape[0])
     sums_NMT = torch.empty((count, *y_MT.shape), dtype=torch.int32)
     scaled_NMT = torch.empty((count, *y_MT.shape))
     # Views are made once and not in the loop, where they took a tenth of the time of 16 tokens.
@@ -111,6 +112,6 @@ def _groups_at_once(tokens: int, group_size: int) -> int:
 
     Measured on one core (Zen 4, 1 MB of second-level cache) with tiles of 2048 features and groups of 128: 9 tokens
     take 10 % less with four groups than with two, 64 tokens 7 % less with two than with four, 256 tokens 10 % less with
-    one than with two.
+    one than with two. Threads share the work of each call and have caches of their own.
     """
-    return max(min(512 // group_size, 128 // tokens), 1)
+    return max(min(512 // group_size, 128 // tokens) * torch.get_num_threads(), 1)

@@ -169,3 +169,26 @@ def test_every_preset_can_be_declared(preset):
     assert own.mismatches(scheme, 128) == []
     other = dataclasses.replace(scheme, act_bits=5)
     assert any(mismatch.reason.startswith("act_bits=5") for mismatch in own.mismatches(other, 128))
+
+
+FP8_ROWS = SchemeSet(
+    data_types=frozenset({"fp"}), bits=frozenset({8}), group_sizes=frozenset(), act_bits=frozenset({8}),
+    act_data_types=frozenset({"fp"}), act_group_sizes=frozenset({-1}),
+)  # fmt: skip
+FP8_WEIGHTS = dataclasses.replace(FP8_ROWS, act_bits=frozenset({16}))
+
+
+@pytest.mark.parametrize(
+    ("fields", "reason"),
+    [
+        ({"act_group_size": 128}, "act_group_size=128 (only -1)"),
+        ({"act_bits": 16, "group_size": 32}, "group_size=32 (only -1: one scale per row)"),
+    ],
+    ids=["activations stay quantized", "what has a cure is nearer"],
+)
+def test_the_nearest_set_is_the_one_that_changes_least(fields, reason, plan_of):
+    blocks = dataclasses.replace(FP8_WEIGHTS, group_sizes=frozenset({(128, 128)}), per_row=False)
+    scheme = QuantizationScheme.from_dict({"data_type": "fp", "bits": 8, "act_bits": 8, **fields})
+    (entry,) = plan_of(scheme=scheme, group_size=scheme.group_size, layer_config={}).entries[:1]
+    found = holds(FP8_WEIGHTS, blocks, FP8_ROWS).mismatches(entry, None)
+    assert [mismatch.reason for mismatch in found] == [reason]

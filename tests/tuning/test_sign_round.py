@@ -10,9 +10,10 @@ from auto_round.calibration import CalibrationSet
 from auto_round.config import TuneConfig
 from auto_round.data_types import DATA_TYPES
 from auto_round.schemes import QuantizationScheme
-from auto_round.tensors import to_groups
-from auto_round.tuning import PlainRounding, SearchedRounding, SignRound
+from auto_round.tensors import BlockResult, to_groups
+from auto_round.tuning import PlainRounding, SearchedRounding, SignRound, round_searched
 from auto_round.tuning.sign_round import CLIP_BOUNDS, _BlockRun, _decay
+from auto_round.tuning.statistics import channel_importance
 
 W2 = QuantizationScheme(bits=2, group_size=32)
 W2A = QuantizationScheme(bits=2, group_size=32, sym=False)
@@ -60,14 +61,21 @@ def test_tuning_ends_below_rounding_to_nearest(kind, scheme, make_task, make_mod
     assert output_error(task, result) < min(output_error(task, plain), output_error(task, searched))
 
 
+def start_of(task) -> BlockResult:
+    """Returns where tuning starts: scales searched under the mean squares of input channels."""
+    importance = channel_importance(task.block, task.inputs, task.batches, list(task.schemes), mask_NT=task.mask)
+    return BlockResult(
+        {name: round_searched(task.weight(name), scheme, importance[name]) for name, scheme in task.schemes.items()}
+    )
+
+
 def test_losses_are_the_block_error_on_the_first_two_batches(make_task):
     task = make_task(W2)
     result = tune(task, batch_size=2)
     samples = torch.arange(4)
     # float32 sums of 4096 squares against float64: relative error well below 4096 * 2**-24
     assert result.best_loss == pytest.approx(output_error(task, result, samples), rel=2e-4)
-    searched = SearchedRounding()(task, config_of())
-    assert result.first_loss == pytest.approx(output_error(task, searched, samples), rel=2e-4)
+    assert result.first_loss == pytest.approx(output_error(task, start_of(task), samples), rel=2e-4)
 
 
 def test_the_same_seed_gives_the_same_bits_and_another_other_codes(make_task):
@@ -320,8 +328,7 @@ def test_the_loss_is_a_mean_over_real_tokens(make_task, token_ids):
     mask[:, 10:] = False
     task = make_task(W2, data=CalibrationSet(token_ids(8, 16), mask))
     result = tune(task, iters=1)
-    searched = SearchedRounding()(task, config_of())
-    replaced = {name: weight.dequantize() for name, weight in searched.weights.items()}
+    replaced = {name: weight.dequantize() for name, weight in start_of(task).weights.items()}
     with torch.no_grad():
         error = task.block.forward(task.inputs, torch.arange(8), replaced) - task.targets
     assert result.first_loss == pytest.approx(float(error[mask].square().mean()), rel=1e-4)

@@ -25,7 +25,8 @@ from auto_round.inference.processor import has_int8_dot_product
 
 GROUP_SIZES = (128, 64, 32)
 # Tokens that the int4 operator takes. Measured on one AVX-512 core (Zen 4), 4096 x 4096, against bfloat16 F.linear: it
-# needs 3.2 ms of 3.8 for 8 tokens and 4.1 of 3.9 for 9.
+# needs 3.2 ms of 3.8 for 8 tokens and 4.1 of 3.9 for 9. One more for each further thread: the operator is one call to
+# share, the other way about a hundred.
 MOST_FOR_OPERATOR = 8
 # The same where the alternative is to dequantize, which takes another 6 ms.
 MOST_FOR_OPERATOR_WITHOUT_VNNI = 24
@@ -90,7 +91,8 @@ class CpuInt4Kernel(WeightKernel):
         tokens, is_half = x_MI.shape[0], x_MI.dtype in (torch.bfloat16, torch.float16)
         if tokens == 0 or not is_half or (torch.is_grad_enabled() and x_MI.requires_grad):
             return self._dequantized_product(x_MI)
-        if tokens <= (MOST_FOR_OPERATOR if has_int8_dot_product() else MOST_FOR_OPERATOR_WITHOUT_VNNI):
+        most = MOST_FOR_OPERATOR if has_int8_dot_product() else MOST_FOR_OPERATOR_WITHOUT_VNNI
+        if tokens < most + torch.get_num_threads():
             # Other dtypes run a scalar loop in the operator (37 ms instead of 1 ms).
             x_bf16 = x_MI.to(torch.bfloat16).contiguous()
             y_MO = torch.ops.aten._weight_int4pack_mm_for_cpu(x_bf16, self.packed, self.group_size, self.scale_and_zero)
