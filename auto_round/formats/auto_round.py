@@ -76,7 +76,7 @@ class AutoRoundFormat:
 
     def quantization_config(self, plan: Plan, config: RunConfig) -> dict[str, Any]:
         """Returns the keys that vLLM, SGLang and Transformers read, and those of the tuning that are not defaults."""
-        base = plan.base
+        base = _said_of_all(plan.base)
         entries: dict[str, Any] = {
             "bits": base.bits if base.is_quantized else 4,
             "data_type": base.data_type,
@@ -99,6 +99,16 @@ class AutoRoundFormat:
         }
         extra |= head_entry(plan)
         return entries | ({"extra_config": extra} if extra else {})
+
+
+def _said_of_all(base: QuantizationScheme) -> QuantizationScheme:
+    """Returns the scheme that the top of the config describes; layers say what differs from it.
+
+    Transformers' AutoRoundConfig fails on blocks and on one scale per tensor there, and reads no further.
+    """
+    if isinstance(base.group_size, tuple):
+        return base.replace(group_size=base.group_size[1])
+    return base.replace(group_size=-1) if base.group_size == 0 else base
 
 
 INTEGERS = Capability(

@@ -1,7 +1,11 @@
+import json
+
 import pytest
+from transformers import AutoRoundConfig
 
 from auto_round.config import RunConfig
 from auto_round.formats import EXPORTERS
+from auto_round.inference.config import read_config
 from auto_round.models import discover
 from auto_round.plan import resolve
 
@@ -129,6 +133,44 @@ def test_a_layer_with_other_activations_says_so(make_plan):
     assert written["model.layers.1.mlp.up_proj"] == {"bits": 16}
     head = {"bits": 4, "group_size": 32, "sym": True, "data_type": "mx_fp", **acts, "act_bits": 4}
     assert written["lm_head"] == head
+
+
+BLOCKS = {"scheme": "FP8_BLOCK", "group_size": None}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"bits": 4, "sym": False},
+        {"bits": 2, "layer_config": {"down_proj": {"bits": 8, "sym": False}, "up_proj": 16}, "quant_lm_head": True},
+        {"scheme": "MXFP4", "group_size": None, "layer_config": {"down_proj": "MXFP8", "o_proj": "MXFP4A16"}},
+        {"scheme": "NVFP4", "group_size": None, "quant_lm_head": True},
+        {"scheme": "INT8_W8A8", "group_size": None},
+        {"scheme": "W4A8"},
+        {"scheme": "FP8_STATIC", "group_size": None},
+        BLOCKS,
+        {**BLOCKS, "layer_config": {"down_proj": "FPW8A16", "up_proj": 16, "o_proj": "INT8_W8A8"}},
+        {"scheme": "FP8_STATIC", "group_size": 0},
+        {"scheme": "FPW8A16", "group_size": 0, "layer_config": {"down_proj": "FP8_DYNAMIC"}},
+    ],
+    ids=lambda options: "-".join(map(str, options.values())),
+)
+def test_what_is_written_is_what_the_loader_reads(options, make_plan):
+    plan, config = make_plan(**options)
+    exporter = EXPORTERS["auto_round"]
+    written = json.loads(json.dumps(exporter.quantization_config(plan, config)))
+    read = read_config(AutoRoundConfig.from_dict(written))
+    for entry in plan.entries:
+        found = read.resolve(entry.layer.name)
+        if not entry.scheme.is_quantized:
+            assert found is None
+            continue
+        scheme, layout = found
+        assert layout == exporter.layout_for(entry.scheme, plan).name
+        assert (scheme.bits, scheme.data_type, scheme.group_size, scheme.sym, scheme.activation) == (
+            entry.scheme.bits, entry.scheme.data_type, entry.scheme.group_size, entry.scheme.sym,
+            entry.scheme.activation,
+        )  # fmt: skip
 
 
 def test_what_compressed_tensors_cannot_hold_is_refused_here_too(make_plan):
