@@ -15,9 +15,10 @@ from auto_round import __version__
 from auto_round.config import CalibConfig, RunConfig
 from auto_round.formats.base import EXPORTERS, Container, activation_fields, differing_fields, head_entry, refusals
 from auto_round.formats.capability import Capability, SchemeSet
-from auto_round.formats.llm_compressor import COMPRESSED_TENSORS, compressed_layout, compressed_refusals
+from auto_round.formats.llm_compressor import COMPRESSED_TENSORS, compressed_refusals
 from auto_round.formats.run_record import run_record
 from auto_round.layouts import LAYOUTS, Layout
+from auto_round.layouts.by_scheme import compressed_layout
 from auto_round.layouts.gptq import GptqLayout
 from auto_round.plan import Plan
 from auto_round.schemes import QuantizationScheme

@@ -16,12 +16,11 @@ from typing import Any
 from auto_round.config import RunConfig
 from auto_round.formats.base import EXPORTERS, Container
 from auto_round.formats.capability import Capability, SchemeSet, counted
-from auto_round.layouts import LAYOUTS, Layout
+from auto_round.layouts import Layout
+from auto_round.layouts.by_scheme import FLOAT_LAYOUTS, compressed_layout, is_int8_product
 from auto_round.plan import Plan, PlanEntry
 from auto_round.schemes import STATIC_GLOBAL_SCALE, ActivationScheme, QuantizationScheme
 
-# (data type, bits) of weights that are no integers -> layout.
-FLOAT_LAYOUTS = {("fp", 8): "fp8", ("mx_fp", 4): "mxfp4", ("mx_fp", 8): "mxfp8", ("nv_fp", 4): "nvfp4"}
 # Layout -> name of the compression format.
 COMPRESSION_FORMATS = {
     "ct_packed": "pack-quantized",
@@ -116,21 +115,6 @@ class LlmCompressorFormat:
             "quant_method": "compressed-tensors",
             "quantization_status": "compressed",
         }
-
-
-def compressed_layout(scheme: QuantizationScheme) -> Layout:
-    """Returns the layout that a scheme's weights take; one that refuses them if there is none."""
-    if scheme.data_type == "int" and _is_int8_product(scheme):
-        return LAYOUTS["ct_int8"]
-    return LAYOUTS[FLOAT_LAYOUTS.get((scheme.data_type, scheme.bits), "ct_packed")]
-
-
-def _is_int8_product(scheme: QuantizationScheme) -> bool:
-    """Whether engines multiply int8 by int8. Weights of fewer bits stay packed, also where activations have 8."""
-    activation = scheme.activation
-    if activation is None or (activation.data_type, activation.bits) != ("int", 8) or activation.group_size > 0:
-        return False
-    return scheme.bits == 8 and scheme.sym and scheme.group_size == -1
 
 
 def compression_format(scheme: QuantizationScheme) -> str:
@@ -268,7 +252,7 @@ def _size_along_row(scheme: QuantizationScheme) -> int:
 def _why_not_activation(scheme: QuantizationScheme, activation: ActivationScheme) -> str | None:
     """Returns why engines would not quantize activations so for these weights, or None."""
     kind, bits, size = activation.data_type, activation.bits, activation.group_size
-    if scheme.data_type == "int" and _is_int8_product(scheme):
+    if scheme.data_type == "int" and is_int8_product(scheme):
         fits = (activation.dynamic and size == -1) or (not activation.dynamic and size == 0 and activation.sym)
         allowed = "per token as in INT8_W8A8, or per tensor static and symmetric"
     elif scheme.data_type == "int":

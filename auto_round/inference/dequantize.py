@@ -22,39 +22,41 @@ from auto_round.layouts.fp8_flat import scale_name
 from auto_round.tensors import expand_groups
 
 ROW_LAYOUTS = frozenset({"fp8", "fp8_flat", "mxfp8", "mxfp4", "nvfp4", "mxint4", "ct_int8", "ct_packed", DENSE})
-# Weights dequantized at once: on a CPU so that float32 intermediates (2 MB) stay in the second-level cache, elsewhere
-# so that they stay small beside the model.
+# Weights dequantized at once: on a CPU so that they and their float32 intermediates (2 MB) stay in the second-level
+# cache, elsewhere so that they stay small beside the model. Measured on one core, FP8 of 4096 x 4096, one token in
+# bfloat16: 14 ms with chunks of this size, 40 ms for the whole weight at once; the same numbers come out.
 CPU_CHUNK, OTHER_CHUNK = 512 * 1024, 2**24
 
 
 class RowKernel(nn.Module):
-    """Computes a layer by dequantizing its weight on every call. It keeps nothing."""
+    """Computes a layer by dequantizing its weight on every call, some output features at a time. It keeps nothing."""
 
     def forward(self, layer: QuantizedLinear, x: Tensor) -> Tensor:
         """Returns (..., O) in x's dtype."""
         bias = None if layer.bias is None else layer.bias.to(x.dtype)
-        return F.linear(x, dequantized(layer, x.dtype), bias)
+        parts = []
+        for rows in chunks(layer):
+            part = None if bias is None else bias[rows]
+            parts.append(F.linear(x, dequantized(layer, rows, x.dtype), part))
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
 
 
-def dequantized(layer: QuantizedLinear, dtype: torch.dtype) -> Tensor:
-    """Returns (O, I) weights, levels times scale, computed in float32, rounded once to `dtype`."""
-    if layer.spec.layout == DENSE:
-        return layer.weight.to(dtype)
-    weight_OI = torch.empty(layer.spec.shape, dtype=dtype, device=layer.device)
-    size = layer.spec.group_size
-    for rows in _chunks(layer):
-        levels_RI, scale_RG = _levels(layer, rows), _scales(layer, rows)
-        if layer.in_features % size:
-            weight_OI[rows] = levels_RI.mul_(expand_groups(scale_RG, size, layer.in_features))
-        else:
-            weight_OI[rows] = levels_RI.unflatten(1, (-1, size)).mul_(scale_RG[..., None]).flatten(1)
-    return weight_OI
-
-
-def _chunks(layer: QuantizedLinear) -> Iterator[slice]:
+def chunks(layer: QuantizedLinear) -> Iterator[slice]:
+    """Yields the output features to be dequantized together."""
     chunk = CPU_CHUNK if layer.device.type == "cpu" else OTHER_CHUNK
-    step = max(chunk // layer.in_features, 1)
+    # A multiple of 32: zero points of packed integers lie end to end along the output.
+    step = layer.out_features if layer.spec.layout == DENSE else max(chunk // layer.in_features // 32, 1) * 32
     return (slice(start, start + step) for start in range(0, layer.out_features, step))
+
+
+def dequantized(layer: QuantizedLinear, rows: slice, dtype: torch.dtype) -> Tensor:
+    """Returns (R, I) weights of some output features: levels times scale in float32, rounded once to `dtype`."""
+    if layer.spec.layout == DENSE:
+        return layer.weight[rows].to(dtype)
+    levels_RI, scale_RG, size = _levels(layer, rows), _scales(layer, rows), layer.spec.group_size
+    if layer.in_features % size:
+        return levels_RI.mul_(expand_groups(scale_RG, size, layer.in_features)).to(dtype)
+    return levels_RI.unflatten(1, (-1, size)).mul_(scale_RG[..., None]).flatten(1).to(dtype)
 
 
 def _levels(layer: QuantizedLinear, rows: slice) -> Tensor:
@@ -71,19 +73,19 @@ def _levels(layer: QuantizedLinear, rows: slice) -> Tensor:
 
 def _packed_levels(layer: QuantizedLinear, rows: slice) -> Tensor:
     bits, width = layer.spec.scheme.bits, layer.in_features
-    words_RW = layer.weight_packed[rows]
-    # Unlike GPTQ's, the last unit of a row may be cut off.
-    words_RW = F.pad(words_RW, (0, packed_words(width, bits) - words_RW.shape[1]))
-    codes_RI = unpack_rows(words_RW, bits)[:, :width].float()
+    codes_RI = _unpacked(layer.weight_packed[rows], bits, width).float()
     if layer.spec.scheme.sym:
         return codes_RI.sub_(2 ** (bits - 1))
-    zeros_GW = F.pad(layer.weight_zero_point.t(), (0, packed_words(layer.out_features, bits) - _zero_words(layer)))
-    zero_RG = unpack_rows(zeros_GW, bits)[:, : layer.out_features].t()[rows].float()
+    count, first = codes_RI.shape[0], rows.start * bits // 32
+    words_GW = layer.weight_zero_point[first : first + packed_words(count, bits)].t()
+    zero_RG = _unpacked(words_GW, bits, count).t().float()
     return codes_RI.sub_(expand_groups(zero_RG, layer.spec.group_size, width))
 
 
-def _zero_words(layer: QuantizedLinear) -> int:
-    return layer.weight_zero_point.shape[0]
+def _unpacked(words: Tensor, bits: int, count: int) -> Tensor:
+    """Returns (..., count) uint8 codes; unlike GPTQ's, the last unit of a row may be cut off."""
+    missing = packed_words(count, bits) - words.shape[1]
+    return unpack_rows(F.pad(words, (0, missing)) if missing else words, bits)[:, :count]
 
 
 def _scales(layer: QuantizedLinear, rows: slice) -> Tensor:

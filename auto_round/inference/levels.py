@@ -17,8 +17,8 @@ from auto_round.layouts.mxint4 import swap_sign_form
 def fp8_levels(weight: Tensor) -> Tensor:
     """Returns the float32 numbers of a float8 tensor, a new tensor; NaNs, which weights have not, become numbers.
 
-    On a CPU the bits are put where float16 has them, because PyTorch converts float8 one by one: 4096 x 4096 on one
-    core take 13 ms instead of 70 (with one multiplication by a scale for each row).
+    On a CPU the bits are put where float16 has them, because PyTorch converts float8 one by one: dequantizing 4096 x
+    4096 on one core takes 12 ms instead of 70.
     """
     if weight.device.type != "cpu":
         return weight.float()
@@ -32,7 +32,8 @@ def fp8_levels(weight: Tensor) -> Tensor:
 def pair_levels(bytes_RW: Tensor, layout: str) -> Tensor:
     """Returns (R, I) float32 numbers of bytes that hold two 4-bit codes each, the even input in the low half.
 
-    Looks up both at once, as one 64-bit word: 4096 x 4096 on one core take 15 ms with one scale for each group.
+    Looks up both at once, as one 64-bit word: dequantizing 4096 x 4096 on one core takes 12 ms; with shifts and masks
+    it took 46.
     """
     table = _pair_table(layout, bytes_RW.device)
     words = table.index_select(0, bytes_RW.flatten().to(torch.int32))

@@ -17,7 +17,8 @@ from auto_round import pipeline
 from auto_round.config import RunConfig
 from auto_round.data_types.activations import quantize_activation
 from auto_round.formats import EXPORTERS
-from auto_round.formats.llm_compressor import activation_args, compressed_layout, compression_format, weight_args
+from auto_round.formats.llm_compressor import activation_args, compression_format, weight_args
+from auto_round.layouts.by_scheme import compressed_layout
 from auto_round.models import discover
 from auto_round.plan import Plan, resolve
 from auto_round.schemes import PRESET_SCHEMES, QuantizationScheme

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from auto_round.inference.dequantize import CPU_CHUNK, dequantized
+from auto_round.inference.dequantize import CPU_CHUNK, RowKernel, chunks, dequantized
 from auto_round.inference.layer import LayerSpec, QuantizedLinear
 from auto_round.inference.packing import DENSE
 from auto_round.schemes import PRESET_SCHEMES, QuantizationScheme
@@ -38,16 +38,21 @@ def layer_of(make_case, name, shape, **fields):
 def test_weights_are_those_that_the_layout_stands_for(make_case, name, shape, dtype):
     case = layer_of(make_case, name, shape)
     case.layer.settle()
-    assert torch.equal(dequantized(case.layer, dtype), case.weight.to(dtype))
+    assert torch.equal(dequantized(case.layer, slice(0, shape[0]), dtype), case.weight.to(dtype))
 
 
-@pytest.mark.parametrize("name", ["fp8 blocks", "fp8 per tensor", "nvfp4", "int3 asymmetric"])
-def test_a_weight_is_the_same_in_one_chunk_and_in_many(make_case, monkeypatch, name):
-    case = layer_of(make_case, name, (100, 64))
+@pytest.mark.parametrize("name", CASES)
+def test_weights_are_the_same_in_one_chunk_and_in_many(make_case, monkeypatch, name):
+    case = layer_of(make_case, name, (100, 64), bias=True)
     case.layer.settle()
+    x = torch.randn(3, 64)
     assert CPU_CHUNK > 100 * 64
-    monkeypatch.setattr("auto_round.inference.dequantize.CPU_CHUNK", 7 * 64)
-    assert torch.equal(dequantized(case.layer, torch.float32), case.weight)
+    whole = RowKernel()(case.layer, x)
+    monkeypatch.setattr("auto_round.inference.dequantize.CPU_CHUNK", 40 * 64)
+    parts = [dequantized(case.layer, rows, torch.float32) for rows in chunks(case.layer)]
+    assert [len(part) for part in parts] == [32, 32, 32, 4]
+    assert torch.equal(torch.cat(parts), case.weight)
+    torch.testing.assert_close(RowKernel()(case.layer, x), whole, rtol=1e-5, atol=1e-5)
 
 
 def test_dense_weights_are_taken_as_they_are():
@@ -57,5 +62,6 @@ def test_dense_weights_are_taken_as_they_are():
     layer = QuantizedLinear(spec, torch.nn.Identity)
     layer.weight.normal_()
     layer.settle()
-    assert torch.equal(dequantized(layer, torch.bfloat16), layer.weight)
+    assert list(chunks(layer)) == [slice(0, 4)]
+    assert torch.equal(dequantized(layer, slice(0, 4), torch.bfloat16), layer.weight)
     assert layer.to(torch.float32).weight.dtype == torch.float32

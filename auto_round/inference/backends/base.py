@@ -117,11 +117,15 @@ def why_not(backend: Backend, spec: LayerSpec) -> str | None:
     return "; ".join(reasons) or None
 
 
-def why_not_this_gpu(spec: LayerSpec) -> str | None:
-    """Returns why kernels for NVIDIA GPUs with bfloat16 tensor cores cannot run here; None where no GPU is seen."""
+def why_not_this_gpu(spec: LayerSpec, capability: tuple[int, int] = (8, 0)) -> str | None:
+    """Returns why kernels for NVIDIA GPUs cannot run here; None where no GPU is seen.
+
+    Args:
+        capability: the least compute capability; 8.0 has bfloat16 tensor cores.
+    """
     if spec.device == "cuda" and torch.cuda.is_available():
-        if torch.version.hip or torch.cuda.get_device_capability() < (8, 0):
-            return "needs an NVIDIA GPU of compute capability 8.0 or later"
+        if torch.version.hip or torch.cuda.get_device_capability() < capability:
+            return f"needs an NVIDIA GPU of compute capability {'.'.join(map(str, capability))} or later"
     return None
 
 

@@ -14,11 +14,10 @@ from torch import Tensor, nn
 
 from auto_round.data_types.activations import SMALLEST
 from auto_round.elements import E4M3
-from auto_round.inference.backends.base import Backend, register_backend
+from auto_round.inference.backends.base import Backend, register_backend, why_not_this_gpu
 from auto_round.inference.dequantize import RowKernel
 from auto_round.inference.input_quantization import QuantizedInput
 from auto_round.inference.layer import QuantizedLinear
-from auto_round.inference.machine import why_not_cuda
 from auto_round.schemes import ActivationScheme
 
 CAPABILITY = (8, 9)  # the first with FP8 tensor cores
@@ -89,7 +88,7 @@ register_backend(
         in_multiple=16,
         out_multiple=16,
         dtypes=frozenset({torch.float32, torch.float16, torch.bfloat16}),
-        refuses=lambda spec: why_not_cuda(spec.device, CAPABILITY),
+        refuses=lambda spec: why_not_this_gpu(spec, CAPABILITY),
         priority=5,
     )
 )

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from auto_round.data_types.activations import SMALLEST
-from auto_round.inference.backends.base import Backend, register_backend
+from auto_round.inference.backends.base import Backend, register_backend, why_not_this_gpu
 from auto_round.inference.dequantize import RowKernel
 from auto_round.inference.input_quantization import QuantizedInput
-from auto_round.inference.layer import QuantizedLinear
-from auto_round.inference.machine import why_not_cuda, why_not_vnni
+from auto_round.inference.layer import LayerSpec, QuantizedLinear
+from auto_round.inference.processor import has_int8_dot_product
 from auto_round.schemes import ActivationScheme
 
 LARGEST = 127
@@ -71,6 +71,13 @@ def integer_product(codes_MI: Tensor, weight_OI: Tensor) -> Tensor:
     return torch._int_mm(weight_OI, codes_MI.t()).t().to(torch.float32, memory_format=torch.contiguous_format)
 
 
+def why_not_here(spec: LayerSpec) -> str | None:
+    """Returns why this machine cannot multiply 8-bit integers, or None."""
+    if spec.device == "cpu":
+        return None if has_int8_dot_product() else "needs a processor with AVX512-VNNI"
+    return why_not_this_gpu(spec, CAPABILITY)
+
+
 register_backend(
     Backend(
         name="auto_round:torch_int8",
@@ -89,7 +96,7 @@ register_backend(
         in_multiple=8,
         out_multiple=8,
         dtypes=frozenset({torch.float32, torch.float16, torch.bfloat16}),
-        refuses=lambda spec: why_not_vnni(spec.device) or why_not_cuda(spec.device, CAPABILITY),
+        refuses=why_not_here,
         priority=5,
     )
 )

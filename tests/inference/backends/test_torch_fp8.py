@@ -2,10 +2,9 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from auto_round.inference.backends import BACKENDS
+from auto_round.inference.backends import BACKENDS, why_not
 from auto_round.inference.backends.torch_fp8 import CAPABILITY, quantize_to_fp8
 from auto_round.inference.layer import LayerSpec
-from auto_round.inference.machine import why_not_cuda
 from auto_round.schemes import PRESET_SCHEMES
 
 SCHEMES = {
@@ -47,7 +46,7 @@ def test_gradients_and_empty_batches_go_through_plain_pytorch(make_case):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(
-    not torch.cuda.is_available() or why_not_cuda("cuda", CAPABILITY) is not None, reason="needs a CUDA device with FP8"
+    not torch.cuda.is_available() or torch.cuda.get_device_capability() < CAPABILITY, reason="needs a GPU with FP8"
 )
 @pytest.mark.parametrize("tokens", [1, 7, 33])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
@@ -62,3 +61,13 @@ def test_a_layer_computes_what_its_quantized_input_and_weight_give(make_case, na
     # One rounding to the dtype of sums of 96 products, which the tensor cores add with at least 14 bits.
     tolerance = max(torch.finfo(dtype).eps, 2.0**-12)
     assert (found.float() - expected).abs().max() < tolerance * expected.abs().max()
+
+
+def test_gpus_without_fp8_are_refused(monkeypatch):
+    fields = {"in_features": 96, "out_features": 64, "scheme": SCHEMES["static"], "layout": "fp8", "device": "cuda"}
+    spec = LayerSpec(name="up", **fields)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for capability, is_refused in {(8, 6): True, (8, 9): False, (9, 0): False}.items():
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda capability=capability: capability)
+        reason = why_not(BACKENDS["torch_fp8"], spec)
+        assert reason == ("needs an NVIDIA GPU of compute capability 8.9 or later" if is_refused else None)

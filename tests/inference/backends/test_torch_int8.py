@@ -1,10 +1,13 @@
+import dataclasses
+
 import pytest
 import torch
 from torch.nn import functional as F
 
+from auto_round.inference.backends import BACKENDS, why_not
 from auto_round.inference.backends.torch_int8 import LEAST_ROWS_ON_CUDA, MOST_ONE_BY_ONE, integer_product
 from auto_round.inference.layer import LayerSpec
-from auto_round.inference.machine import why_not_vnni
+from auto_round.inference.processor import has_int8_dot_product
 from auto_round.schemes import PRESET_SCHEMES
 
 INT8 = PRESET_SCHEMES["INT8_W8A8"]
@@ -15,7 +18,7 @@ SCHEMES = {
 }
 TOKENS = [1, 2, MOST_ONE_BY_ONE, MOST_ONE_BY_ONE + 1, LEAST_ROWS_ON_CUDA - 1, LEAST_ROWS_ON_CUDA, 40]
 
-cpu_with_vnni = pytest.mark.skipif(why_not_vnni("cpu") is not None, reason="needs a CPU with VNNI")
+cpu_with_vnni = pytest.mark.skipif(not has_int8_dot_product(), reason="needs a CPU with VNNI")
 cuda = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 DEVICES = [pytest.param("cpu", marks=cpu_with_vnni), pytest.param("cuda", marks=cuda)]
 
@@ -64,3 +67,14 @@ def test_the_gradient_reaches_the_input_as_if_it_were_not_quantized(make_case):
     x = torch.randn(3, 96, requires_grad=True)
     case.layer(x).sum().backward()
     torch.testing.assert_close(x.grad, case.weight.sum(0).expand(3, 96))
+
+
+def test_a_machine_without_fast_integer_products_is_refused(monkeypatch):
+    fields = {"in_features": 96, "out_features": 64, "scheme": INT8, "layout": "ct_int8"}
+    spec = LayerSpec(name="up", **fields)
+    monkeypatch.setattr("auto_round.inference.backends.torch_int8.has_int8_dot_product", lambda: False)
+    assert why_not(BACKENDS["torch_int8"], spec) == "needs a processor with AVX512-VNNI"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 0))
+    text = "needs an NVIDIA GPU of compute capability 7.5 or later"
+    assert why_not(BACKENDS["torch_int8"], dataclasses.replace(spec, device="cuda")) == text
