@@ -8,6 +8,8 @@ Shape letters: O out features, I in features, G groups, K group size, R rows of 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -20,8 +22,8 @@ from auto_round.inference.input_quantization import QuantizedInput
 from auto_round.inference.layer import QuantizedLinear
 from auto_round.layouts import LAYOUTS
 
-# Weights dequantized at once on a CPU, so that float32 intermediates (2 MB) stay in the second-level cache. Measured on
-# 4096 x 4096, one core: 20 ms with chunks of this size, 55 ms for the whole weight at once.
+# Weights dequantized and multiplied at once on a CPU, so that they stay in the second-level cache. Measured on 11008 x
+# 4096 of 4 bits, one token in bfloat16 on one core: 47 ms, against 94 ms where the product waits for the whole weight.
 CPU_CHUNK = 512 * 1024
 
 
@@ -56,23 +58,19 @@ class DequantizeKernel(nn.Module):
     def forward(self, layer: QuantizedLinear, x: Tensor) -> Tensor:
         """Returns (..., O) in x's dtype."""
         bias = None if layer.bias is None else layer.bias.to(x.dtype)
-        return F.linear(x, self.weight(layer, x.dtype), bias)
+        parts = []
+        for rows in _chunks(layer):
+            part = None if bias is None else bias[rows]
+            parts.append(F.linear(x, self.weight(layer, rows, x.dtype), part))
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
 
-    def weight(self, layer: QuantizedLinear, dtype: torch.dtype) -> Tensor:
-        """Returns (O, I) weights scale * (code - zero point), computed in float32, rounded once to `dtype`."""
-        weight_OI = torch.empty(layer.spec.shape, dtype=dtype, device=layer.qweight.device)
-        step = layer.out_features
-        if weight_OI.device.type == "cpu":
-            # A multiple of 8: AWQ packs eight rows into one word.
-            step = max(CPU_CHUNK // layer.in_features // 8, 1) * 8
-        scale_OG = layer.scales.t()
-        for start in range(0, layer.out_features, step):
-            rows = slice(start, min(start + step, layer.out_features))
-            zero_RG = 2 ** (layer.spec.scheme.bits - 1) if self.zero_OG is None else self.zero_OG[rows].float()
-            difference = unpack_codes(layer, rows).float()
-            scaled = self._scale(difference, scale_OG[rows].float(), zero_RG)
-            weight_OI[rows] = scaled
-        return weight_OI
+    def weight(self, layer: QuantizedLinear, rows: slice, dtype: torch.dtype) -> Tensor:
+        """Returns (R, I) weights scale * (code - zero point) of some output features, which start at a multiple of 8.
+
+        They are computed in float32, and rounded once to `dtype`.
+        """
+        zero_RG = 2 ** (layer.spec.scheme.bits - 1) if self.zero_OG is None else self.zero_OG[rows].float()
+        return self._scale(unpack_codes(layer, rows).float(), layer.scales.t()[rows].float(), zero_RG).to(dtype)
 
     def _scale(self, codes_RI: Tensor, scale_RG: Tensor, zero_RG: Tensor | int) -> Tensor:
         """Returns (R, I) float32; changes `codes_RI` in place."""
@@ -82,6 +80,15 @@ class DequantizeKernel(nn.Module):
         grouped = codes_RI.unflatten(1, (scale_RG.shape[1], -1))
         zero = zero_RG if isinstance(zero_RG, int) else zero_RG[..., None]
         return grouped.sub_(zero).mul_(scale_RG[..., None]).flatten(1)
+
+
+def _chunks(layer: QuantizedLinear) -> Iterator[slice]:
+    """Yields the output features to be dequantized together."""
+    step = layer.out_features
+    if layer.device.type == "cpu":
+        # A multiple of 8: AWQ packs eight rows into one word.
+        step = max(CPU_CHUNK // layer.in_features // 8, 1) * 8
+    return (slice(start, min(start + step, layer.out_features)) for start in range(0, layer.out_features, step))
 
 
 def unpack_codes(layer: QuantizedLinear, rows: slice) -> Tensor:
