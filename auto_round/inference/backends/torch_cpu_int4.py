@@ -25,9 +25,11 @@ from auto_round.inference.processor import has_int8_dot_product
 
 # Group size of the kernel -> tokens that the int4 operator takes. Measured on one AVX-512 core (Zen 4), 4096 x 4096: it
 # needs 0.39 ms a token; integer products need 3.9 ms for 9 tokens and groups of 128, 5.9 for 16 and groups of 64, 24
-# for 64 and groups of 32; bfloat16 F.linear 3.9, 4.9 and 12. One token more for each further thread: the operator is
-# one call to share, the other way about a hundred.
+# for 64 and groups of 32; bfloat16 F.linear 3.9, 4.9 and 12.
 MOST_FOR_OPERATOR = {128: 8, 64: 14, 32: 64}
+# So many more for each further thread, 8 times at most: threads meet once in the operator, a hundred times otherwise,
+# which costs microseconds each time on an idle machine and milliseconds on one that is busy with other work.
+MORE_FOR_EACH_THREAD = 4
 # The same where the alternative is to dequantize, which takes 6 ms more than F.linear.
 MOST_FOR_OPERATOR_WITHOUT_VNNI = 24
 # Output features of a tile, for each thread. Measured as above: slower below 2000 and above 3000.
@@ -93,7 +95,7 @@ class CpuInt4Kernel(WeightKernel):
         if tokens == 0 or not is_half or (torch.is_grad_enabled() and x_MI.requires_grad):
             return self._dequantized_product(x_MI)
         most = MOST_FOR_OPERATOR[self.group_size] if has_int8_dot_product() else MOST_FOR_OPERATOR_WITHOUT_VNNI
-        if tokens < most + torch.get_num_threads():
+        if tokens <= most + MORE_FOR_EACH_THREAD * min(torch.get_num_threads() - 1, 8):
             # Other dtypes run a scalar loop in the operator (37 ms instead of 1 ms).
             x_bf16 = x_MI.to(torch.bfloat16).contiguous()
             y_MO = torch.ops.aten._weight_int4pack_mm_for_cpu(x_bf16, self.packed, self.group_size, self.scale_and_zero)
