@@ -27,11 +27,11 @@ from auto_round.inference.processor import has_int8_dot_product
 # needs 0.39 ms a token; integer products need 3.9 ms for 9 tokens and groups of 128, 5.9 for 16 and groups of 64, 24
 # for 64 and groups of 32; bfloat16 F.linear 3.9, 4.9 and 12.
 MOST_FOR_OPERATOR = {128: 8, 64: 14, 32: 64}
+# The same where the alternative is to dequantize, which takes 6 ms more than F.linear.
+MOST_FOR_OPERATOR_WITHOUT_VNNI = 24
 # So many more for each further thread, 8 times at most: threads meet once in the operator, a hundred times otherwise,
 # which costs microseconds each time on an idle machine and milliseconds on one that is busy with other work.
 MORE_FOR_EACH_THREAD = 4
-# The same where the alternative is to dequantize, which takes 6 ms more than F.linear.
-MOST_FOR_OPERATOR_WITHOUT_VNNI = 24
 # Output features of a tile, for each thread. Measured as above: slower below 2000 and above 3000.
 TILE_FEATURES = 2816
 
