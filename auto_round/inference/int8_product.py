@@ -60,14 +60,14 @@ def quantize_activations(x_MI: Tensor, group_size: int) -> tuple[Tensor, Tensor]
     return grouped_GMK.mul_(LARGEST / largest_GM1).round_().to(torch.int8), largest_GM1.div_(LARGEST)
 
 
-def int8_linear(x_MI: Tensor, tiles: Sequence[Tile], scale_GO: Tensor, zero_GO: Tensor | None = None) -> Tensor:
+def int8_linear(x_MI: Tensor, tiles: Sequence[Tile], scale_GO: Tensor, offset_GO: Tensor | None = None) -> Tensor:
     """Returns (M, O) products in x's dtype.
 
     Args:
         x_MI: tokens, at least one.
         tiles: all output features of the weight.
         scale_GO: float32, what a unit of the matrices of the tiles counts.
-        zero_GO: zero points in these units, of any integer dtype; None: all are 0.
+        offset_GO: float32, what is subtracted from each weight, its zero point times its scale; None: nothing.
     """
     y_MO = torch.empty((x_MI.shape[0], scale_GO.shape[1]), dtype=x_MI.dtype)
     group_size = x_MI.shape[1] // scale_GO.shape[0]
@@ -75,13 +75,13 @@ def int8_linear(x_MI: Tensor, tiles: Sequence[Tile], scale_GO: Tensor, zero_GO: 
     for x_block, y_block in zip(x_MI.tensor_split(blocks), y_MO.tensor_split(blocks), strict=True):
         codes_GMK, step_GM1 = quantize_activations(x_block, group_size)
         # All codes of a group share its zero point, so it is subtracted from the sums.
-        sum_MG = None if zero_GO is None else (codes_GMK.sum(dim=-1).float() * step_GM1.squeeze(-1)).t()
+        sum_MG = None if offset_GO is None else (codes_GMK.float().sum(dim=-1) * step_GM1.squeeze(-1)).t()
         for tile in tiles:
             scale_GT = scale_GO[:, tile.features]
             if sum_MG is None:
                 y_MT = torch.zeros((x_block.shape[0], scale_GT.shape[1]))
             else:
-                y_MT = (sum_MG @ (zero_GO[:, tile.features] * scale_GT)).neg_()
+                y_MT = (sum_MG @ offset_GO[:, tile.features]).neg_()
             _add_products(y_MT, codes_GMK, step_GM1, tile, scale_GT)
             y_block[:, tile.features] = y_MT
     return y_MO

@@ -23,13 +23,15 @@ from auto_round.inference.layer import QuantizedLinear, WeightKernel
 from auto_round.inference.nibbles import FACTOR, NibbleTile, pack_nibbles, tiles_of
 from auto_round.inference.processor import has_int8_dot_product
 
-GROUP_SIZES = (128, 64, 32)
-# Tokens that the int4 operator takes. Measured on one AVX-512 core (Zen 4), 4096 x 4096, against bfloat16 F.linear: it
-# needs 3.2 ms of 3.8 for 8 tokens and 4.1 of 3.9 for 9. One more for each further thread: the operator is one call to
-# share, the other way about a hundred.
-MOST_FOR_OPERATOR = 8
-# The same where the alternative is to dequantize, which takes another 6 ms.
+# Group size of the kernel -> tokens that the int4 operator takes. Measured on one AVX-512 core (Zen 4), 4096 x 4096: it
+# needs 0.39 ms a token; integer products need 3.9 ms for 9 tokens and groups of 128, 5.9 for 16 and groups of 64, 24
+# for 64 and groups of 32; bfloat16 F.linear 3.9, 4.9 and 12.
+MOST_FOR_OPERATOR = {128: 8, 64: 14, 32: 64}
+# The same where the alternative is to dequantize, which takes 6 ms more than F.linear.
 MOST_FOR_OPERATOR_WITHOUT_VNNI = 24
+# So many more for each further thread, 8 times at most: threads meet once in the operator, a hundred times otherwise,
+# which costs microseconds each time on an idle machine and milliseconds on one that is busy with other work.
+MORE_FOR_EACH_THREAD = 4
 # Output features of a tile, for each thread. Measured as above: slower below 2000 and above 3000.
 TILE_FEATURES = 2816
 
@@ -40,15 +42,15 @@ class CpuInt4Kernel(WeightKernel):
     Groups larger than 128 are split, which changes no weight.
 
     Buffers (not saved): packed uint8 and scale_and_zero (G, O, 2) bfloat16 of the operator, weights being
-    (code - 8) * scale + zero; nibbles uint8, see nibbles.py; scale_GO float32, divided by FACTOR; zero_GO int16, FACTOR
-    times the signed zero points of an asymmetric layer; order_I int64, the input features sorted by group when groups
-    are out of order.
+    (code - 8) * scale + zero; nibbles uint8, see nibbles.py; scale_GO float32, divided by FACTOR; of an asymmetric
+    layer zero_GO int16, FACTOR times its signed zero points, and offset_GO float32, the product of both; order_I int64,
+    the input features sorted by group when groups are out of order.
     """
 
     def __init__(self, layer: QuantizedLinear) -> None:
         super().__init__()
         self.in_features, self.bits = layer.in_features, layer.spec.scheme.bits
-        self.group_size = next(size for size in GROUP_SIZES if layer.spec.group_size % size == 0)
+        self.group_size = next(size for size in MOST_FOR_OPERATOR if layer.spec.group_size % size == 0)
         self.widths = tile_widths(layer.out_features, TILE_FEATURES * torch.get_num_threads())
         codes_OI = unpack_codes(layer, slice(0, layer.out_features))
         order_I = None
@@ -68,6 +70,7 @@ class CpuInt4Kernel(WeightKernel):
             "nibbles": pack_nibbles(codes_OI, self.bits, self.group_size, self.widths),
             "scale_GO": scale_GO / FACTOR,
             "zero_GO": zero_GO,
+            "offset_GO": None if zero_GO is None else zero_GO * (scale_GO / FACTOR),
         }
         for name, buffer in buffers.items():
             self.register_buffer(name, buffer, persistent=False)
@@ -91,15 +94,15 @@ class CpuInt4Kernel(WeightKernel):
         tokens, is_half = x_MI.shape[0], x_MI.dtype in (torch.bfloat16, torch.float16)
         if tokens == 0 or not is_half or (torch.is_grad_enabled() and x_MI.requires_grad):
             return self._dequantized_product(x_MI)
-        most = MOST_FOR_OPERATOR if has_int8_dot_product() else MOST_FOR_OPERATOR_WITHOUT_VNNI
-        if tokens < most + torch.get_num_threads():
+        most = MOST_FOR_OPERATOR[self.group_size] if has_int8_dot_product() else MOST_FOR_OPERATOR_WITHOUT_VNNI
+        if tokens <= most + MORE_FOR_EACH_THREAD * min(torch.get_num_threads() - 1, 8):
             # Other dtypes run a scalar loop in the operator (37 ms instead of 1 ms).
             x_bf16 = x_MI.to(torch.bfloat16).contiguous()
             y_MO = torch.ops.aten._weight_int4pack_mm_for_cpu(x_bf16, self.packed, self.group_size, self.scale_and_zero)
             return y_MO.to(x_MI.dtype)
-        # Each group of 32 or 64 costs as much besides its product as one of 128; measured as MOST_FOR_OPERATOR.
+        # A group of 32 costs as much besides its product as one of 128: dequantizing wins in the end.
         if has_int8_dot_product() and (self.group_size == 128 or tokens <= 2 * self.group_size):
-            return int8_linear(x_MI, self._tiles(), self.scale_GO, self.zero_GO)
+            return int8_linear(x_MI, self._tiles(), self.scale_GO, self.offset_GO)
         return self._dequantized_product(x_MI)
 
     def _dequantized_product(self, x_MI: Tensor) -> Tensor:
