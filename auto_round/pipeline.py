@@ -27,6 +27,7 @@ from auto_round.device import compute_device, compute_dtype
 from auto_round.errors import ConfigError
 from auto_round.formats import FormatTarget, export, verify
 from auto_round.formats.export import HEAD_BLOCK, checked_targets
+from auto_round.memory import release_freed
 from auto_round.models import discover
 from auto_round.plan import Plan, resolve
 from auto_round.progress import Progress
@@ -189,6 +190,8 @@ def _round_everything(session: Session, store: RunStore) -> None:
                 weight = weight.t() if entry.layer.transposed else weight
                 weights[name] = round_plain(weight, entry.scheme, peaks[name]).to("cpu")
             store.save(group[0], BlockResult(weights))
+            del stored, weights
+        release_freed()
         progress.report(group[0], BlockResult({}))
     _round_outside(session, store, None)
 
@@ -217,6 +220,7 @@ def _tune_everything(session: Session, store: RunStore, data: CalibrationSet) ->
             quantized = with_input_quantizers(block, quantizers_of(result))
             stream.advance(quantized, targets_NTH, _replaced(session, block, result))
         progress.report(block.name, result, resumed=done)
+        release_freed()
     if outside_left:
         head = session.plan.structure.head
         assert head is not None

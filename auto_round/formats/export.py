@@ -19,6 +19,7 @@ from auto_round.checkpoint import WeightSource, copy_side_files
 from auto_round.config import MODEL_DTYPES, RunConfig, parse_size
 from auto_round.errors import ConfigError
 from auto_round.formats.base import EXPORTERS, Exporter, FormatTarget, check, copied_dtype, targets
+from auto_round.memory import release_freed
 from auto_round.plan import Plan
 from auto_round.shards import ShardWriter, clear_weights
 from auto_round.store import RunStore
@@ -64,6 +65,7 @@ def export(
                 writer.add(stored_key, tensor)
         for scale_name, scale in result.cache_scales.items():
             writer.add(scale_name, scale)
+        release_freed()
     for stored_key, tensor in _untied_head(exporter, plan, source, store, _torch_dtype(asked)).items():
         writer.add(stored_key, tensor)
     writer.close()

@@ -22,6 +22,7 @@ from auto_round.config import RunConfig
 from auto_round.device import compute_device, compute_dtype
 from auto_round.errors import CheckpointError
 from auto_round.formats.written import WrittenCheckpoint, WrittenWeight, listed
+from auto_round.memory import release_freed
 from auto_round.models.base import head_name
 
 SAMPLES, TOKENS, SEED = 2, 16, 0
@@ -112,6 +113,7 @@ def _forward(
         if not _finite(hidden_NTH):
             return _broken(f"block {name}", tensors_of_block, dtype)
         del tensors_of_block  # else two blocks would be held while the next one is read
+        release_freed()
     head = head_name(source.model)
     if head is None:
         return LogitsOutcome("outputs finite")
