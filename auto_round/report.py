@@ -53,8 +53,11 @@ def describe_formats() -> str:
 
 def describe_schemes() -> str:
     """Returns the table of preset schemes."""
-    rows = [("scheme", "bits", "group_size", "sym", "data type")]
-    rows += [(n, str(s.bits), str(s.group_size), str(s.sym), s.data_type) for n, s in PRESET_SCHEMES.items()]
+    rows = [("scheme", "bits", "group_size", "sym", "data type", "activations")]
+    rows += [
+        (n, str(s.bits), str(s.group_size), str(s.sym), s.data_type, str(s.activation or "16-bit"))
+        for n, s in PRESET_SCHEMES.items()
+    ]
     return table(rows)
 
 
@@ -73,7 +76,6 @@ def describe_backends() -> str:
     rows = [
         (
             "backend",
-            "also called",
             "devices",
             "bits",
             "data types",
@@ -82,6 +84,7 @@ def describe_backends() -> str:
             "dtypes",
             "needs",
             "priority",
+            "also called",
         )
     ]
     for backend in all_backends():
@@ -89,7 +92,6 @@ def describe_backends() -> str:
         rows.append(
             (
                 backend.name,
-                ", ".join(backend.aliases),
                 ", ".join(sorted(backend.devices)),
                 ", ".join(map(str, sorted(backend.bits))),
                 ", ".join(sorted(backend.data_types)),
@@ -98,6 +100,7 @@ def describe_backends() -> str:
                 ", ".join(sorted(SHORT_DTYPES[dtype] for dtype in map(str, backend.dtypes))),
                 f"{backend.packages()} ({state})" if backend.requires else "nothing",
                 str(backend.rank()),
+                ", ".join(backend.aliases),
             )
         )
     return table(rows)

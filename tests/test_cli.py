@@ -25,7 +25,7 @@ FLAGS = {
     "--max_shard_size", "--minmax_lr", "--mllm", "--model", "--model_dtype", "--model_name", "--model_name_or_path",
     "--nblocks", "--no_verify", "--not_use_best_mse", "--nsample", "--nsamples", "--output_dir", "--ppl",
     "--ppl_seqlen", "--ppl_tokens", "--quant_lm_head", "--recipe", "--resume", "--sampler", "--scale_dtype",
-    "--scheme", "--seed",
+    "--scheme", "--seed", "--static_kv_dtype",
     "--seq_len", "--seqlen", "--super_bits", "--super_group_size", "--sym", "--task", "--tasks",
     "--to_quant_block_names", "--train_bs", "--trust_remote_code", "--verify", "--work_dir", "-h",
 }  # fmt: skip

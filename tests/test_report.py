@@ -49,7 +49,7 @@ def test_the_table_of_formats_is_made_from_what_they_declare():
 
 def test_a_scheme_is_described_by_its_fields():
     lines = {line.split()[0]: line.split()[1:] for line in report.describe_schemes().splitlines()}
-    assert lines["W2A16G64"] == ["2", "64", "True", "int"]
+    assert lines["W2A16G64"] == ["2", "64", "True", "int", "16-bit"]
 
 
 def memory(model, **options):
