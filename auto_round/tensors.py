@@ -128,7 +128,7 @@ class BlockResult:
         plain: parameter name -> new 16-bit value (tuned norms and biases), empty by default.
         first_loss, best_loss: mean squared error of the block's output before tuning and at the kept step.
         best_step: the kept step, 0 for the start.
-        cache_scales: tensor name -> () float32 scale of keys or values in an FP8 cache, empty unless asked for.
+        cache_scales: tensor name -> (1,) float32 scale of keys or values in an FP8 cache, empty unless asked for.
         note: why the block did not take the normal way ("" if it did), e.g. a fall-back to rounding.
     """
 

@@ -37,7 +37,7 @@ class _PeakRecorder:
 def cache_scales(
     block: Block, inputs_NTH: Tensor, batches: Sequence[slice], replaced: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
-    """Returns `<attention>.k_scale` and `.v_scale`, () float32: largest magnitude over 448.
+    """Returns `<attention>.k_scale` and `.v_scale`, (1,) float32: largest magnitude over 448.
 
     Args:
         inputs_NTH: what the block sees.
@@ -58,8 +58,9 @@ def cache_scales(
     if calls == 0 or calls != len(attentions):
         raise UnsupportedError(f"{block.name} keeps no keys and values in a cache: run without static_kv_dtype")
     for index, attention in enumerate(attentions):
-        keys, values = torch.stack(recorder.peaks[index::calls]).amax(0).clamp(min=torch.finfo(torch.float32).tiny)
-        scales |= {f"{attention}.k_scale": keys / E4M3.largest, f"{attention}.v_scale": values / E4M3.largest}
+        peaks = torch.stack(recorder.peaks[index::calls]).amax(0).clamp(min=torch.finfo(torch.float32).tiny)
+        keys, values = (peaks / E4M3.largest).chunk(2)
+        scales |= {f"{attention}.k_scale": keys, f"{attention}.v_scale": values}
     return scales
 
 

@@ -557,3 +557,17 @@ def test_packed_tensors_are_in_their_own_precision_whatever_the_models(scheme, w
         stored = tensors[f"model.layers.0.mlp.up_proj.{part}"]
         assert stored.dtype == tensor.dtype
         assert torch.equal(stored.view(torch.uint8), tensor.view(torch.uint8))
+
+
+def test_scales_of_an_fp8_cache_are_loaded(write):
+    made = write(scheme="FP8_STATIC", static_kv_dtype="fp8")
+    stored = load_file(made.folder / "model.safetensors")
+    config = json.loads((made.folder / "config.json").read_text())["quantization_config"]
+    scheme = {"dynamic": False, "num_bits": 8, "strategy": "tensor", "symmetric": True, "type": "float"}
+    assert config["kv_cache_scheme"] == scheme
+    loaded = dict(load(made.folder).named_parameters())
+    for layer in range(2):
+        for side in ("k_scale", "v_scale"):
+            name = f"model.layers.{layer}.self_attn.{side}"
+            assert stored[name].item() > 0
+            assert torch.equal(loaded[name], stored[name])
