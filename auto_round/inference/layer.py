@@ -186,6 +186,10 @@ class QuantizedLinear(nn.Module):
         """Returns (I,) int64: the group of each input feature when groups follow each other."""
         return torch.arange(self.in_features, device=self.device) // self.spec.group_size
 
+    def group_order(self) -> Tensor | None:
+        """Returns (I,) int64: the input features sorted by group, or None when groups follow each other."""
+        return None if self.has_ordered_groups() else torch.argsort(self.g_idx, stable=True)
+
     def has_ordered_groups(self) -> bool:
         """Whether the groups follow each other along the input."""
         return not self.spec.group_index or torch.equal(self.g_idx.long(), self.sequential_groups())

@@ -116,7 +116,7 @@ def _shape(x: Tensor, qweight: Tensor, grid: Tensor, *packing: Any) -> Tensor:  
     return x.new_empty(*x.shape[:-1], grid.shape[1])
 
 
-# Defined by hand: calling an operator made by torch.library.custom_op takes 6 us longer, as long as a small product.
+# Defined by hand: calling an operator made by `custom_op` takes 6 us longer, as long as a small product.
 _LIBRARY = torch.library.Library("auto_round", "DEF")
 _LIBRARY.define(
     "packed_linear(Tensor x, Tensor qweight, Tensor grid, Tensor? bias, int bits, int group, bool awq,"

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from auto_round.inference.backends.base import Backend, register_backend
-from auto_round.inference.backends.torch_any import unpack_codes, zero_points
+from auto_round.inference.backends.torch_any import ordered_codes, zero_points
 from auto_round.inference.layer import QuantizedLinear, WeightKernel
 from auto_round.inference.processor import is_intel_with_vnni
 
@@ -42,22 +42,18 @@ class ArkKernel(nn.Module):
         super().__init__()
         import auto_round_kernel
 
-        self.library = auto_round_kernel
+        self.kernels = auto_round_kernel
         self.spec = layer.spec
         # What the library multiplies with: a CPU kernel given other activations than float32 writes out of bounds.
         self.dtype = torch.float16 if layer.spec.device == "xpu" else torch.float32
         half = 2 ** (layer.spec.scheme.bits - 1)
-        codes_OI = unpack_codes(layer, slice(0, layer.out_features))
-        order_I = None
-        if not layer.has_ordered_groups():
-            order_I = torch.argsort(layer.g_idx, stable=True)
-            codes_OI = codes_OI[:, order_I]
+        codes_OI, order_I = ordered_codes(layer)
         scale_GO = layer.scales.to(self.dtype).contiguous()
         zero_GO = torch.zeros_like(scale_GO, dtype=torch.int8)
         if not layer.spec.scheme.sym:
             zero_GO = (zero_points(layer).t() - half).contiguous().view(torch.int8)
         signed_IO = (codes_OI.t() - half).contiguous().view(torch.int8)
-        blob = self.library.repack_quantized_weight(signed_IO, scale_GO, zero_GO, *self._settings())
+        blob = self.kernels.repack_quantized_weight(signed_IO, scale_GO, zero_GO, *self._settings())
         buffers = {"order_I": order_I, "blob": blob, "scale_GO": scale_GO, "zero_GO": zero_GO}
         for name, buffer in buffers.items():
             self.register_buffer(name, buffer, persistent=False)
@@ -77,13 +73,13 @@ class ArkKernel(nn.Module):
     def _product(self, x_MI: Tensor, bias: Tensor) -> Tensor:
         group_size, *settings = self._settings()
         out_features, in_features = self.spec.shape
-        return self.library.woqgemm(x_MI, self.blob, bias, out_features, in_features, group_size, *settings)
+        return self.kernels.woqgemm(x_MI, self.blob, bias, out_features, in_features, group_size, *settings)
 
     def _weight(self) -> Tensor:
         """Returns (O, I) weights, input features in the kernel's order."""
         group_size, *settings = self._settings()
         out_features, in_features = self.spec.shape
-        return self.library.unpack_weight(self.blob, self.dtype, out_features, in_features, group_size, *settings)
+        return self.kernels.unpack_weight(self.blob, self.dtype, out_features, in_features, group_size, *settings)
 
     def _settings(self) -> tuple[int, str, str, str, bool]:
         """Returns group size, type of the computation, of codes and of scales, and whether there are zero points."""

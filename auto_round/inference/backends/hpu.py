@@ -14,7 +14,7 @@ from torch import Tensor
 
 from auto_round.errors import UnsupportedError
 from auto_round.inference.backends.base import Backend, register_backend
-from auto_round.inference.backends.torch_any import unpack_codes, zero_points
+from auto_round.inference.backends.torch_any import ordered_codes, zero_points
 from auto_round.inference.bit_unpack import pack_rows, unpack_rows
 from auto_round.inference.layer import QuantizedLinear, WeightKernel
 
@@ -28,11 +28,7 @@ class HpuKernel(WeightKernel):
 
     def __init__(self, layer: QuantizedLinear) -> None:
         super().__init__()
-        codes_IO = unpack_codes(layer, slice(0, layer.out_features)).t()
-        order_I = None
-        if not layer.has_ordered_groups():
-            order_I = torch.argsort(layer.g_idx, stable=True)
-            codes_IO = codes_IO[order_I]
+        codes_OI, order_I = ordered_codes(layer)
         if layer.spec.scheme.sym:
             zero_GO = torch.full_like(layer.scales, 2 ** (layer.spec.scheme.bits - 1), dtype=torch.uint8)
         else:
@@ -41,7 +37,7 @@ class HpuKernel(WeightKernel):
                 raise UnsupportedError(f"{layer.spec.name}: zero points above 15 do not fit into Gaudi's 4 bits")
         buffers = {
             "order_I": order_I,
-            "words_IW": pack_rows(codes_IO.contiguous(), 4),
+            "words_IW": pack_rows(codes_OI.t().contiguous(), 4),
             "zero_words_GW": pack_rows(zero_GO.contiguous(), 4),
             "scale_GO": layer.scales.to(layer.spec.dtype).contiguous(),
         }

@@ -8,7 +8,7 @@ Shape letters: O out features, I in features, G groups, K group size, R rows of 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -97,6 +97,21 @@ def unpack_codes(layer: QuantizedLinear, rows: slice) -> Tensor:
     if layer.spec.layout == "awq":
         return unpack_awq_columns(words[rows.start // 8 : -(-rows.stop // 8)])[: rows.stop - rows.start]
     return unpack_rows(words[rows], layer.spec.scheme.bits)[:, : layer.in_features]
+
+
+def ordered_codes(layer: QuantizedLinear) -> tuple[Tensor, Tensor | None]:
+    """Returns (O, I) uint8 codes, input features sorted by group, and that order (I,); None when it is their own."""
+    codes_OI, order_I = unpack_codes(layer, slice(0, layer.out_features)), layer.group_order()
+    return (codes_OI if order_I is None else codes_OI[:, order_I]), order_I
+
+
+def by_rows(layer: QuantizedLinear, x: Tensor, order_I: Tensor | None, product: Callable[[Tensor], Tensor]) -> Tensor:
+    """Returns (..., O): `product` of x's rows (M, I), features in the kernel's order, plus the bias."""
+    x_MI = x.reshape(-1, layer.in_features)
+    y_MO = product(x_MI if order_I is None else x_MI[:, order_I])
+    if layer.bias is not None:
+        y_MO = y_MO + layer.bias.to(y_MO.dtype)
+    return y_MO.reshape(*x.shape[:-1], layer.out_features)
 
 
 def zero_points(layer: QuantizedLinear) -> Tensor:

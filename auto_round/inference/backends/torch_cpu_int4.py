@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from auto_round.inference.backends.base import Backend, register_backend
-from auto_round.inference.backends.torch_any import unpack_codes, zero_points
+from auto_round.inference.backends.torch_any import by_rows, ordered_codes, zero_points
 from auto_round.inference.int8_product import int8_linear, tile_widths
 from auto_round.inference.layer import QuantizedLinear, WeightKernel
 from auto_round.inference.nibbles import FACTOR, NibbleTile, pack_nibbles, tiles_of
@@ -52,11 +52,7 @@ class CpuInt4Kernel(WeightKernel):
         self.in_features, self.bits = layer.in_features, layer.spec.scheme.bits
         self.group_size = next(size for size in MOST_FOR_OPERATOR if layer.spec.group_size % size == 0)
         self.widths = tile_widths(layer.out_features, TILE_FEATURES * torch.get_num_threads())
-        codes_OI = unpack_codes(layer, slice(0, layer.out_features))
-        order_I = None
-        if not layer.has_ordered_groups():
-            order_I = torch.argsort(layer.g_idx, stable=True)
-            codes_OI = codes_OI[:, order_I]
+        codes_OI, order_I = ordered_codes(layer)
         repeats = layer.spec.group_size // self.group_size
         scale_GO = layer.scales.float().repeat_interleave(repeats, dim=0)
         zero_GO = None
@@ -77,13 +73,7 @@ class CpuInt4Kernel(WeightKernel):
 
     def forward(self, layer: QuantizedLinear, x: Tensor) -> Tensor:
         """Returns (..., O) in x's dtype."""
-        x_MI = x.reshape(-1, layer.in_features)
-        if self.order_I is not None:
-            x_MI = x_MI[:, self.order_I]
-        y_MO = self._product(x_MI)
-        if layer.bias is not None:
-            y_MO = y_MO + layer.bias.to(y_MO.dtype)
-        return y_MO.reshape(*x.shape[:-1], layer.out_features)
+        return by_rows(layer, x, self.order_I, self._product)
 
     def codes(self) -> Tensor:
         """Returns (O, I) uint8 codes, input features in the checkpoint's order."""

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from auto_round.inference.backends.base import Backend, register_backend
-from auto_round.inference.backends.torch_any import unpack_codes, zero_points
+from auto_round.inference.backends.torch_any import by_rows, ordered_codes, zero_points
 from auto_round.inference.int8_product import int8_linear, tile_features, tile_widths
 from auto_round.inference.layer import QuantizedLinear, WeightKernel
 from auto_round.inference.processor import has_int8_dot_product
@@ -63,11 +63,7 @@ class CpuInt8Kernel(WeightKernel):
         super().__init__()
         group_size = next(size for size in GROUP_SIZES if layer.spec.group_size % size == 0)
         repeats = layer.spec.group_size // group_size
-        codes_OI = unpack_codes(layer, slice(0, layer.out_features))
-        order_I = None
-        if not layer.has_ordered_groups():
-            order_I = torch.argsort(layer.g_idx, stable=True)
-            codes_OI = codes_OI[:, order_I]
+        codes_OI, order_I = ordered_codes(layer)
         signed_OGK = (codes_OI - 128).view(torch.int8).unflatten(1, (-1, group_size))
         scale_GO = layer.scales.float().repeat_interleave(repeats, dim=0)
         zero_GO = None
@@ -85,13 +81,7 @@ class CpuInt8Kernel(WeightKernel):
 
     def forward(self, layer: QuantizedLinear, x: Tensor) -> Tensor:
         """Returns (..., O) in x's dtype."""
-        x_MI = x.reshape(-1, layer.in_features)
-        if self.order_I is not None:
-            x_MI = x_MI[:, self.order_I]
-        y_MO = self._product(x_MI)
-        if layer.bias is not None:
-            y_MO = y_MO + layer.bias.to(y_MO.dtype)
-        return y_MO.reshape(*x.shape[:-1], layer.out_features)
+        return by_rows(layer, x, self.order_I, self._product)
 
     def codes(self) -> Tensor:
         """Returns (O, I) uint8 codes, input features in the checkpoint's order."""
@@ -102,10 +92,10 @@ class CpuInt8Kernel(WeightKernel):
         is_half = x_MI.dtype in (torch.bfloat16, torch.float16)
         if x_MI.shape[0] == 0 or not is_half or (torch.is_grad_enabled() and x_MI.requires_grad):
             return self._dequantized_product(x_MI)
-        # A group of 32 costs as much besides its product as one of 128: dequantizing wins in the end.
         group_size = self.signed_GOK.shape[2]
         if x_MI.shape[0] <= MOST_FOR_OPERATOR:
             return self._operator_product(x_MI).to(x_MI.dtype)
+        # A group of 32 costs as much besides its product as one of 128: dequantizing wins in the end.
         if has_int8_dot_product() and (group_size == 128 or x_MI.shape[0] <= 2 * group_size):
             return int8_linear(x_MI, self._tiles(), self.scale_GO, self.offset_GO)
         return self._dequantized_product(x_MI)

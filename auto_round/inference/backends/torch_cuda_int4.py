@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from auto_round.inference.backends.base import Backend, register_backend, why_not_this_gpu
-from auto_round.inference.backends.torch_any import DequantizeKernel, unpack_codes
+from auto_round.inference.backends.torch_any import DequantizeKernel, by_rows, ordered_codes
 from auto_round.inference.layer import QuantizedLinear
 
 # Tiles of 16 input features that the packing puts together; 8 is the largest and asks for a multiple of 128.
@@ -32,11 +32,7 @@ class CudaInt4Kernel(nn.Module):
     def __init__(self, layer: QuantizedLinear) -> None:
         super().__init__()
         self.dequantize = DequantizeKernel(layer)
-        codes_OI = unpack_codes(layer, slice(0, layer.out_features))
-        order_I = None
-        if not layer.has_ordered_groups():
-            order_I = torch.argsort(layer.g_idx, stable=True)
-            codes_OI = codes_OI[:, order_I]
+        codes_OI, order_I = ordered_codes(layer)
         self.register_buffer("order_I", order_I, persistent=False)
         pairs = codes_OI[:, ::2] << 4 | codes_OI[:, 1::2]
         packed = torch.ops.aten._convert_weight_to_int4pack(pairs.contiguous(), INNER_TILES)
@@ -51,15 +47,12 @@ class CudaInt4Kernel(nn.Module):
         """Returns (..., O) in x's dtype."""
         if not self._is_served(x):
             return self.dequantize(layer, x)
-        rows_MI = x.reshape(-1, layer.in_features)
-        if self.order_I is not None:
-            rows_MI = rows_MI[:, self.order_I]
-        y_MO = torch.ops.aten._weight_int4pack_mm(
-            rows_MI.contiguous(), self.packed, layer.spec.group_size, self.scale_and_zero
-        )
-        if layer.bias is not None:
-            y_MO = y_MO + layer.bias.to(y_MO.dtype)
-        return y_MO.reshape(*x.shape[:-1], layer.out_features)
+        size = layer.spec.group_size
+
+        def product(x_MI: Tensor) -> Tensor:
+            return torch.ops.aten._weight_int4pack_mm(x_MI.contiguous(), self.packed, size, self.scale_and_zero)
+
+        return by_rows(layer, x, self.order_I, product)
 
     def _is_served(self, x: Tensor) -> bool:
         needs_gradient = torch.is_grad_enabled() and x.requires_grad

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from auto_round.inference.backends.base import Backend, register_backend, why_not_this_gpu
-from auto_round.inference.backends.torch_any import DequantizeKernel, unpack_codes
+from auto_round.inference.backends.torch_any import DequantizeKernel, ordered_codes
 from auto_round.inference.layer import LayerSpec, QuantizedLinear
 from auto_round.layouts.bit_pack import pack_bits
 
@@ -43,8 +43,7 @@ class TritonKernel(nn.Module):
         self.register_buffer("grid", grid_table(layer.scales, self.dequantize.zero_OG, self.packing), persistent=False)
         order_I = packed = None
         if not layer.has_ordered_groups():
-            order_I = torch.argsort(layer.g_idx, stable=True)
-            codes_OI = unpack_codes(layer, slice(0, layer.out_features))[:, order_I]
+            codes_OI, order_I = ordered_codes(layer)
             packed = pack_bits(codes_OI, scheme.bits).t()
         self.register_buffer("order_I", order_I, persistent=False)
         self.register_buffer("sorted", packed, persistent=False)
