@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -99,21 +99,32 @@ class Block:
             state.update({k[len(dot) :]: t for k, t in replaced.items() if k.startswith(dot)})
             args, kwargs = calls.for_samples(samples, self.device, self.dtype)
             kwargs = {**kwargs, **(arguments or {})}
-            with self._quantized_inputs(name, module):
+            with self._quantized_inputs():
                 output = functional_call(module, state, (hidden_NTH, *args), kwargs)
             hidden_NTH = output[0] if isinstance(output, tuple) else output
         return hidden_NTH
 
+    def layers(self, weights: Iterable[str]) -> dict[str, nn.Module]:
+        """Returns weight name -> the module that it belongs to, for those that lie in the block."""
+        found = {}
+        for name, module in zip(self.names, self.modules, strict=True):
+            dot = name + "."
+            for weight in weights:
+                layer = weight.removesuffix(".weight")
+                if layer == name:
+                    found[weight] = module
+                elif layer.startswith(dot):
+                    found[weight] = module.get_submodule(layer[len(dot) :])
+        return found
+
     @contextlib.contextmanager
-    def _quantized_inputs(self, block: str, module: nn.Module) -> Iterator[None]:
+    def _quantized_inputs(self) -> Iterator[None]:
         """Puts the input quantizers before their layers for the time of one forward pass."""
         handles = []
         try:
-            for weight, quantizer in self.input_quantizers.items():
-                layer = weight.removesuffix(".weight")
-                if layer.startswith(block + "."):
-                    hook = functools.partial(_pass_through, quantizer)
-                    handles.append(module.get_submodule(layer[len(block) + 1 :]).register_forward_pre_hook(hook))
+            for weight, layer in self.layers(self.input_quantizers).items():
+                hook = functools.partial(_pass_through, self.input_quantizers[weight])
+                handles.append(layer.register_forward_pre_hook(hook))
             yield
         finally:
             for handle in handles:

@@ -184,11 +184,12 @@ def _round_everything(session: Session, store: RunStore) -> None:
             stored: dict[str, Tensor] = {}
             for name in group:
                 stored.update(source.tensors(name))
-            weights, peaks = {}, joined_peaks({name: stored[name] for name in entries})
+            schemes = {name: entry.scheme for name, entry in entries.items()}
+            weights, peaks = {}, joined_peaks({name: stored[name] for name in entries}, schemes)
             for name, entry in entries.items():
                 weight = stored[name].to(device).float()
                 weight = weight.t() if entry.layer.transposed else weight
-                weights[name] = round_plain(weight, entry.scheme, peaks[name]).to("cpu")
+                weights[name] = round_plain(weight, entry.scheme, peaks.get(name)).to("cpu")
             store.save(group[0], BlockResult(weights))
             del stored, weights
         release_freed()

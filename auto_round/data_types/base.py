@@ -47,10 +47,11 @@ class DataType(Protocol):
     """One way to represent weights. Registered in DATA_TYPES under the scheme's `data_type`.
 
     `tensor_peak` is the largest magnitude, () float32, of all weights that serving engines join with this one; None: of
-    this weight alone. Only types with a scale for a whole tensor look at it, so that the joined weights share it.
+    this weight alone. Only a type with `has_tensor_scale` looks at it, so that the joined weights share it.
     """
 
     name: str
+    has_tensor_scale: bool
 
     def refuses(self, scheme: QuantizationScheme) -> str | None:
         """Returns why a scheme makes no sense for this type (its bits, groups or symmetry), or None."""

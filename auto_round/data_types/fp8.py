@@ -21,6 +21,8 @@ TRIED_RATIOS = (*(2.0 ** (step / 8) for step in range(8)), 0.95, 0.9, 0.85)
 class Fp8DataType:
     """The data types "fp" (E4M3) and "fp_e5m2". Stateless."""
 
+    has_tensor_scale = False
+
     def __init__(self, name: str) -> None:
         self.name = name
 

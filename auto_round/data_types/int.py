@@ -35,6 +35,7 @@ class IntDataType:
     """The data type "int". Stateless."""
 
     name = "int"
+    has_tensor_scale = False
 
     def refuses(self, scheme: QuantizationScheme) -> str | None:
         """Returns a reason for blocks of rows and columns; every width and symmetry is fine."""

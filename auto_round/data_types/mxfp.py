@@ -29,6 +29,8 @@ ROUNDS_UP_FROM = {"e2m1": 1.75, "e2m3": 1.9375, "e4m3": 1.75}
 class MxDataType:
     """The data types "mx_fp", "mx_fp_e3m2", "mx_fp_e5m2" and "mx_int". Stateless."""
 
+    has_tensor_scale = False
+
     def __init__(self, name: str) -> None:
         self.name = name
 

@@ -27,6 +27,7 @@ class NvFp4DataType:
     """The data type "nv_fp". Stateless."""
 
     name = "nv_fp"
+    has_tensor_scale = True
 
     def refuses(self, scheme: QuantizationScheme) -> str | None:
         """Returns a reason for other widths than 4, other groups than 16 or asymmetry."""

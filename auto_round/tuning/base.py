@@ -11,6 +11,7 @@ from torch import Tensor
 
 from auto_round.blocks import Block
 from auto_round.config import TuneConfig
+from auto_round.data_types import DATA_TYPES
 from auto_round.plan import FUSED_GROUPS
 from auto_round.schemes import QuantizationScheme
 from auto_round.tensors import BlockResult
@@ -48,8 +49,8 @@ class TuningTask:
         return stored.t() if name in self.transposed else stored
 
     def tensor_peaks(self) -> dict[str, Tensor]:
-        """Returns weight name -> largest magnitude over the weights that serving engines join with it."""
-        return joined_peaks({name: self.weight(name) for name in self.schemes})
+        """Returns `joined_peaks` of the block's weights."""
+        return joined_peaks({name: self.weight(name) for name in self.schemes}, self.schemes)
 
     def as_parameter(self, name: str, weight_OI: Tensor) -> Tensor:
         """Returns a weight in the form and precision that the block's forward takes."""
@@ -60,8 +61,13 @@ class TuningTask:
         return torch.Generator().manual_seed(self.seed)
 
 
-def joined_peaks(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Returns weight name -> () float32 largest magnitude of it and those that serving engines join with it."""
+def joined_peaks(weights: Mapping[str, Tensor], schemes: Mapping[str, QuantizationScheme]) -> dict[str, Tensor]:
+    """Returns weight name -> () float32 largest magnitude of it and those that serving engines join with it.
+
+    Nothing where no data type has a scale for a whole tensor: finding it takes a pass over all weights.
+    """
+    if not any(DATA_TYPES[scheme.data_type].has_tensor_scale for scheme in schemes.values()):
+        return {}
     peaks = {name: weight.abs().amax().float() for name, weight in weights.items()}
     for members in FUSED_GROUPS:
         for name in weights:

@@ -43,7 +43,7 @@ class PlainRounding:
         """Returns each weight rounded by itself."""
         peaks = task.tensor_peaks()
         return BlockResult(
-            {name: round_plain(task.weight(name), scheme, peaks[name]) for name, scheme in task.schemes.items()}
+            {name: round_plain(task.weight(name), scheme, peaks.get(name)) for name, scheme in task.schemes.items()}
         )
 
 
@@ -59,7 +59,7 @@ class SearchedRounding:
         )
         peaks = task.tensor_peaks()
         weights = {
-            name: round_searched(task.weight(name), scheme, importance.get(name), peaks[name])
+            name: round_searched(task.weight(name), scheme, importance.get(name), peaks.get(name))
             for name, scheme in task.schemes.items()
         }
         idle = sorted(set(task.schemes) - set(importance))

@@ -29,22 +29,13 @@ def input_peaks(
     A layer that calibration never reached is missing.
     """
     peaks: dict[str, Tensor] = {}
-    real: list[Tensor] = []
 
-    def keep(name: str, module_input: Tensor, _output: Tensor) -> None:
-        peak = _real_rows(module_input.detach(), real).abs().amax().float()
+    def keep(name: str, rows_RI: Tensor) -> None:
+        peak = rows_RI.abs().amax().float()
         peaks[name] = torch.maximum(peaks[name], peak) if name in peaks else peak
 
-    with _watched(block, weights, keep):
-        for piece in batches:
-            real[:] = [] if mask_NT is None else [mask_NT[piece].to(block.device)]
-            block.forward(inputs_NTH[piece].to(block.device), torch.arange(piece.start, piece.stop))
+    _see_inputs(block, inputs_NTH, batches, weights, mask_NT, keep)
     return peaks
-
-
-def _real_rows(seen: Tensor, real: Sequence[Tensor]) -> Tensor:
-    """Returns (rows, I): the tokens of a layer's input that are no padding, if the layer sees all tokens in order."""
-    return seen[real[0]] if real and seen.shape[:-1] == real[0].shape else seen.flatten(0, -2)
 
 
 @torch.no_grad()
@@ -111,21 +102,38 @@ def _mean_moments(
     """Returns sums over tokens of what `moments` makes of a layer's input rows, divided by the tokens."""
     sums: dict[str, Tensor] = {}
     counts: dict[str, int] = {}
-    real: list[Tensor] = []  # the mask of the running batch
 
-    def keep(name: str, module_input: Tensor, _output: Tensor) -> None:
-        rows = _real_rows(module_input.detach(), real)
-        total = moments[name](rows.float())
+    def keep(name: str, rows_RI: Tensor) -> None:
+        total = moments[name](rows_RI.float())
         sums[name] = sums[name] + total if name in sums else total
-        counts[name] = counts.get(name, 0) + rows.shape[0]
+        counts[name] = counts.get(name, 0) + rows_RI.shape[0]
 
-    weights = list(moments)
-
-    with _watched(block, weights, keep):
-        for piece in batches:
-            real[:] = [] if mask_NT is None else [mask_NT[piece].to(block.device)]
-            block.forward(inputs_NTH[piece].to(block.device), torch.arange(piece.start, piece.stop))
+    _see_inputs(block, inputs_NTH, batches, list(moments), mask_NT, keep)
     return {name: total / counts[name] for name, total in sums.items()}
+
+
+def _see_inputs(
+    block: Block,
+    inputs_NTH: Tensor,
+    batches: Sequence[slice],
+    weights: Sequence[str],
+    mask_NT: Tensor | None,
+    keep: Callable[[str, Tensor], None],
+) -> None:
+    """Runs a block over all batches and calls `keep(weight name, (R, I) input rows)` for every linear layer that runs.
+
+    Padding is left out where a layer sees all tokens in order; one that sees a choice of them keeps all.
+    """
+    real: Tensor | None = None  # the mask of the running batch
+
+    def hook(name: str, module_input: Tensor, _output: Tensor) -> None:
+        seen = module_input.detach()
+        keep(name, seen[real] if real is not None and seen.shape[:-1] == real.shape else seen.flatten(0, -2))
+
+    with _watched(block, weights, hook):
+        for piece in batches:
+            real = None if mask_NT is None else mask_NT[piece].to(block.device)
+            block.forward(inputs_NTH[piece].to(block.device), torch.arange(piece.start, piece.stop))
 
 
 def output_sensitivity(
@@ -179,7 +187,7 @@ def _watched(block: Block, weights: Sequence[str], keep: Callable[[str, Tensor, 
     """Calls `keep(weight name, input, output)` for every linear layer that runs; hooks are gone afterwards."""
     handles = []
     try:
-        for weight, module in _modules_of(block, weights).items():
+        for weight, module in block.layers(weights).items():
 
             def hook(_module: nn.Module, args: tuple[Tensor, ...], output: Tensor, name: str = weight) -> None:
                 keep(name, args[0], output)
@@ -189,16 +197,3 @@ def _watched(block: Block, weights: Sequence[str], keep: Callable[[str, Tensor, 
     finally:
         for handle in handles:
             handle.remove()
-
-
-def _modules_of(block: Block, weights: Sequence[str]) -> Mapping[str, nn.Module]:
-    found = {}
-    for name, module in zip(block.names, block.modules, strict=True):
-        dot = name + "."
-        for weight in weights:
-            layer = weight.removesuffix(".weight")
-            if layer == name:
-                found[weight] = module
-            elif layer.startswith(dot):
-                found[weight] = module.get_submodule(layer[len(dot) :])
-    return found
