@@ -2,7 +2,8 @@
 
 The rounding offset V is in units of the local distance between numbers, so that V = 0.5 is half a step everywhere:
 W_hat = scale * round_element(W / scale + V * spacing(W / scale)). With V = 0 this is the arithmetic of the OCP and
-vendor documents. Data types differ in how scales are chosen and stored, which is all that their files say.
+vendor documents. Data types differ in how scales are chosen and stored (`ScaleRule`), which is all that their files
+say.
 
 Shape letters as in tensors.py. Scales here are (O, G, 1) float32; where rows share a scale, each row has it.
 """
@@ -10,14 +11,104 @@ Shape letters as in tensors.py. Scales here are (O, G, 1) float32; where rows sh
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from auto_round.data_types.base import Params, RoundingState, grouped_importance, row_pieces, weighted
+from auto_round.data_types.base import Params, Range, RoundingState, grouped_importance, row_pieces, weighted
 from auto_round.elements import ELEMENTS, Element
 from auto_round.schemes import QuantizationScheme
-from auto_round.tensors import GroupSize, from_groups, to_groups
+from auto_round.tensors import GroupSize, QuantizedTensor, from_groups, to_groups
+
+
+class ScaleRule(Protocol):
+    """How the scales of a float type are chosen and stored. A range is {"scale"} (O, G, 1) and, where the type has a
+    scale for the tensor, {"global_scale"} (O, 1, 1), the same for all rows: what a stored scale is divided by."""
+
+    has_tensor_scale: bool
+
+    def refuses(self, scheme: QuantizationScheme) -> str | None:
+        """Returns why the groups of a scheme make no sense, or None."""
+        ...
+
+    def scale_bits(self, scheme: QuantizationScheme) -> int:
+        """Returns the bits of a stored scale."""
+        ...
+
+    def minmax_range(self, weight_OI: Tensor, scheme: QuantizationScheme, tensor_peak: Tensor | None) -> Range:
+        """Returns the range that covers every weight of its group."""
+        ...
+
+    def tried_scales(self, scale_OG1: Tensor, scheme: QuantizationScheme) -> Iterable[Tensor]:
+        """Yields the stored scales that a search tries, the given one first."""
+        ...
+
+    def stored(self, wanted_OG1: Tensor, scheme: QuantizationScheme) -> Tensor:
+        """Returns the storable scales nearest to the wanted ones; the gradient passes unchanged."""
+        ...
+
+
+class FloatDataType:
+    """A data type with float elements under scales of some rule. Stateless."""
+
+    def __init__(self, name: str, rule: ScaleRule) -> None:
+        self.name, self.rule = name, rule
+        self.has_tensor_scale = rule.has_tensor_scale
+
+    def refuses(self, scheme: QuantizationScheme) -> str | None:
+        """Returns a reason for groups that the type has not, widths that have no element, or asymmetry."""
+        return self.rule.refuses(scheme) or why_not_element(scheme)
+
+    def scale_bits(self, scheme: QuantizationScheme) -> int:
+        """Returns the bits of a stored scale."""
+        return self.rule.scale_bits(scheme)
+
+    def minmax_range(self, weight_OI: Tensor, scheme: QuantizationScheme, tensor_peak: Tensor | None = None) -> Range:
+        """Returns the range of the rule."""
+        return self.rule.minmax_range(weight_OI, scheme, tensor_peak)
+
+    def search_range(
+        self,
+        weight_OI: Tensor,
+        scheme: QuantizationScheme,
+        importance: Tensor | None,
+        tensor_peak: Tensor | None = None,
+    ) -> Range:
+        """Returns the range whose scales have the least weighted squared error among those that the rule tries."""
+        start = self.rule.minmax_range(weight_OI, scheme, tensor_peak)
+        tried = self.rule.tried_scales(start["scale"], scheme)
+        found = best_scale(weight_OI, scheme, importance, tried, start.get("global_scale"))
+        return {**start, "scale": found}
+
+    def trainable(self, weight_OI: Tensor, scheme: QuantizationScheme) -> dict[str, Tensor]:
+        """Returns rounding (O, G, K) zeros and max_scale ones, one for each scale, float32."""
+        return trainable(weight_OI, scheme.group_size)
+
+    def fake_quantize(self, weight_OI: Tensor, scheme: QuantizationScheme, range_: Range, params: Params) -> Tensor:
+        """Returns (O, I) float32, differentiable in `params`."""
+        scale = _effective(self._stored(weight_OI, scheme, range_, params), range_.get("global_scale"))
+        return fake_quantize(weight_OI, scheme, scale, params)
+
+    @torch.no_grad()
+    def rounding_state(
+        self, weight_OI: Tensor, scheme: QuantizationScheme, range_: Range, params: Params
+    ) -> RoundingState:
+        """Returns where each weight stands between the numbers of the element."""
+        scale = _effective(self._stored(weight_OI, scheme, range_, params), range_.get("global_scale"))
+        return rounding_state(weight_OI, scheme, scale, params)
+
+    @torch.no_grad()
+    def encode(self, weight_OI: Tensor, scheme: QuantizationScheme, range_: Range, params: Params) -> QuantizedTensor:
+        """Returns element codes, stored scales and the tensor's scale, if there is one."""
+        stored, whole = self._stored(weight_OI, scheme, range_, params), range_.get("global_scale")
+        codes = levels_of(weight_OI, scheme, _effective(stored, whole), params)
+        own = None if whole is None else whole[0, 0, 0].clone()
+        return QuantizedTensor(codes, stored.squeeze(-1), None, scheme, global_scale=own)
+
+    def _stored(self, weight_OI: Tensor, scheme: QuantizationScheme, range_: Range, params: Params) -> Tensor:
+        factors = clip_factors(params, weight_OI.shape[0], scheme.group_size)
+        return self.rule.stored(range_["scale"] * factors, scheme)
 
 
 def element_of(scheme: QuantizationScheme) -> Element:
@@ -100,20 +191,26 @@ def rounding_state(weight_OI: Tensor, scheme: QuantizationScheme, scale_OG1: Ten
 
 
 def best_scale(
-    weight_OI: Tensor, scheme: QuantizationScheme, importance: Tensor | None, candidates: Iterable[Tensor]
+    weight_OI: Tensor,
+    scheme: QuantizationScheme,
+    importance: Tensor | None,
+    candidates: Iterable[Tensor],
+    global_scale: Tensor | None = None,
 ) -> Tensor:
     """Returns, for each group, the candidate scale with the least weighted squared error, the first one among equals.
 
     Args:
         importance: as in `data_types.base.DataType.search_range`.
         candidates: (O, G, 1) scales each, as they are stored.
+        global_scale: what stored scales are divided by, or None.
     """
     element = element_of(scheme)
     x = to_groups(weight_OI.float(), scheme.group_size)
     importance = grouped_importance(importance, weight_OI, scheme.group_size)
     best, least = None, None
     for scale in candidates:
-        error = torch.cat([_error(x[rows], importance, scale[rows], element) for rows in row_pieces(x)])
+        effective = _effective(scale, global_scale)
+        error = torch.cat([_error(x[rows], importance, effective[rows], element) for rows in row_pieces(x)])
         error = share_over_rows(error, scheme.group_size, "sum")
         if best is None or least is None:
             best, least = scale, error
@@ -122,6 +219,10 @@ def best_scale(
         best, least = torch.where(better, scale, best), torch.where(better, error, least)
     assert best is not None
     return best
+
+
+def _effective(stored_OG1: Tensor, global_scale: Tensor | None) -> Tensor:
+    return stored_OG1 if global_scale is None else stored_OG1 / global_scale
 
 
 def _error(x: Tensor, importance: Tensor, scale: Tensor, element: Element) -> Tensor:
