@@ -14,7 +14,7 @@ class Progress:
     """Logs one line per finished block: losses, seconds, time left."""
 
     def __init__(self, total: int) -> None:
-        self.total, self.done, self.timed = total, 0, 0
+        self.total, self.done = total, 0
         self.started = self.last = time.monotonic()
 
     def report(self, name: str, result: BlockResult, *, resumed: bool = False) -> None:

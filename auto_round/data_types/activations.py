@@ -17,6 +17,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from auto_round.data_types import mxfp, nvfp4
 from auto_round.data_types.mxfp import ROUNDS_UP_FROM, covering_scale, rounded_scale, shared_scale
 from auto_round.data_types.nvfp4 import global_scale
 from auto_round.elements import E2M1, E4M3, ELEMENTS, Element, largest_level
@@ -65,7 +66,8 @@ def why_not_activation(scheme: ActivationScheme) -> str | None:
         widths = {width for known, width in ELEMENTS if known == name.removesuffix("_rceil")}
     if bits not in widths:
         return f"act_bits={bits} with act_data_type={name} (only {', '.join(map(str, sorted(widths)))})"
-    fixed = {"nv_fp": 16, STATIC_GLOBAL_SCALE: 16}.get(name, 32 if name.startswith("mx_") else None)
+    fixed = {"nv_fp": nvfp4.GROUP_SIZE, STATIC_GLOBAL_SCALE: nvfp4.GROUP_SIZE}.get(name)
+    fixed = mxfp.GROUP_SIZE if name.startswith("mx_") else fixed
     if fixed is not None and group_size != fixed:
         return f"act_group_size={group_size} with act_data_type={name} (only {fixed})"
     if not scheme.dynamic and name in ("int", "fp", "fp_e5m2") and group_size != 0:

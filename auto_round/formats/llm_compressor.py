@@ -35,7 +35,7 @@ SCALE_DTYPES = {"mx_fp": "torch.uint8", "nv_fp": "torch.float8_e4m3fn"}
 # Keys and values under one calibrated scale for each layer, `k_scale` and `v_scale` beside its projections.
 FP8_CACHE = {"dynamic": False, "num_bits": 8, "strategy": "tensor", "symmetric": True, "type": "float"}
 NO_GROUPS: frozenset[int | tuple[int, int]] = frozenset()
-EIGHT, SIXTEEN = frozenset({8}), frozenset({16})
+EIGHT = frozenset({8})
 SYM, DYNAMIC, STATIC = frozenset({True}), frozenset({True}), frozenset({False})
 
 

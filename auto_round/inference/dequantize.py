@@ -11,13 +11,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from auto_round.elements import power_of_two
 from auto_round.inference.bit_unpack import unpack_rows
 from auto_round.inference.layer import QuantizedLinear
 from auto_round.inference.levels import fp8_levels, pair_levels
 from auto_round.inference.packing import DENSE
 from auto_round.layouts.bit_pack import packed_words
-from auto_round.layouts.float_scaled import E8M0_BIAS
+from auto_round.layouts.float_scaled import from_exponents
 from auto_round.layouts.fp8_flat import scale_name
 from auto_round.tensors import expand_groups
 
@@ -92,7 +91,7 @@ def _scales(layer: QuantizedLinear, rows: slice) -> Tensor:
     """Returns (R, G) float32, or (1, 1) where one scale serves all rows."""
     layout, scheme = layer.spec.layout, layer.spec.scheme
     if layout in ("mxfp4", "mxfp8", "mxint4"):
-        return power_of_two(layer.weight_scale[rows].to(torch.int32) - E8M0_BIAS)
+        return from_exponents(layer.weight_scale[rows])
     if layout == "nvfp4":
         return fp8_levels(layer.weight_scale[rows]).div_(layer.weight_global_scale)
     if layout in ("ct_int8", "ct_packed"):

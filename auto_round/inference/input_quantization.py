@@ -5,8 +5,9 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from auto_round.data_types.activations import quantize_activation
-from auto_round.elements import E2M1, E4M3, ELEMENTS
+from auto_round.elements import largest_level
 from auto_round.inference.layer import LayerSpec, QuantizedLinear
+from auto_round.layouts.float_scaled import NVFP4_RANGE
 from auto_round.schemes import STATIC_GLOBAL_SCALE
 
 # Tensors of a checkpoint that hold calibrated ranges of a layer's input.
@@ -37,12 +38,8 @@ def calibrated_peak(layer: QuantizedLinear) -> Tensor | None:
     if activation is None or not activation.needs_calibration:
         return None
     if activation.data_type == STATIC_GLOBAL_SCALE:
-        return E4M3.largest * E2M1.largest / layer.input_global_scale.reshape(())
-    if activation.data_type == "int":
-        largest = 2.0 ** (activation.bits - 1) - 1
-    else:
-        largest = ELEMENTS[activation.data_type, activation.bits].largest
-    return layer.input_scale.float().reshape(()) * largest
+        return NVFP4_RANGE / layer.input_global_scale.reshape(())
+    return layer.input_scale.float().reshape(()) * largest_level(activation.data_type, activation.bits)
 
 
 def why_no_range(spec: LayerSpec) -> str | None:

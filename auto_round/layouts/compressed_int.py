@@ -12,13 +12,16 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from auto_round.elements import largest_level
-from auto_round.layouts.base import LAYOUTS, why_not_integer_groups
+from auto_round.layouts.base import (
+    LAYOUTS,
+    input_scale_specs,
+    pack_input_scale,
+    unpack_input_peak,
+    why_not_integer_groups,
+)
 from auto_round.layouts.bit_pack import pack_bits, packed_words, unpack_bits
 from auto_round.schemes import QuantizationScheme
 from auto_round.tensors import QuantizedTensor, group_count
-
-LARGEST_INT8 = largest_level("int", 8)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -88,9 +91,7 @@ class Int8Layout:
             "weight": (shape, "int8"),
             "weight_scale": ((shape[0], groups), scheme.scale_dtype),
         }
-        if scheme.activation is not None and scheme.activation.needs_calibration:
-            found["input_scale"] = ((1,), scheme.scale_dtype)
-        return found
+        return found | input_scale_specs(scheme)
 
     def pack(self, weight: QuantizedTensor) -> dict[str, Tensor]:
         """Returns weight, weight_scale and, where it is known, input_scale = peak / 127."""
@@ -99,9 +100,7 @@ class Int8Layout:
             "weight": (weight.codes.to(torch.int16) - 128).to(torch.int8),
             "weight_scale": weight.scale.to(dtype).contiguous(),
         }
-        if weight.input_peak is not None:
-            tensors["input_scale"] = (weight.input_peak / LARGEST_INT8).to(dtype).reshape(1)
-        return tensors
+        return tensors | pack_input_scale(weight)
 
     def unpack(
         self,
@@ -111,7 +110,7 @@ class Int8Layout:
     ) -> QuantizedTensor:
         """Returns the weight that `pack` was given."""
         codes = (tensors["weight"].to(torch.int16) + 128).to(torch.uint8)
-        peak = tensors["input_scale"].double().reshape(()) * LARGEST_INT8 if "input_scale" in tensors else None
+        peak = unpack_input_peak(tensors, scheme)
         return QuantizedTensor(codes, tensors["weight_scale"].float().contiguous(), None, scheme, input_peak=peak)
 
 

@@ -14,15 +14,14 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from auto_round.elements import E2M1, E4M3, floor_log2, largest_level, power_of_two
-from auto_round.layouts.base import LAYOUTS
+from auto_round.elements import E2M1, E4M3, floor_log2, power_of_two
+from auto_round.layouts.base import LAYOUTS, Specs, input_scale_specs, pack_input_scale, unpack_input_peak
 from auto_round.schemes import QuantizationScheme
 from auto_round.tensors import QuantizedTensor, group_count
 
 E8M0_BIAS = 127
 NVFP4_RANGE = E4M3.largest * E2M1.largest  # largest block scale times largest element
 FLOAT8 = {"fp": torch.float8_e4m3fn, "fp_e5m2": torch.float8_e5m2, "mx_fp": torch.float8_e4m3fn}
-Specs = dict[str, tuple[tuple[int, ...], str]]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -44,9 +43,7 @@ class Fp8Layout:
         """Returns tensor name -> (shape, dtype name)."""
         dtype = str(FLOAT8[scheme.data_type]).removeprefix("torch.")
         found: Specs = {"weight": (shape, dtype), "weight_scale": (_scale_shape(scheme, shape), scheme.scale_dtype)}
-        if scheme.activation is not None and scheme.activation.needs_calibration:
-            found["input_scale"] = ((1,), scheme.scale_dtype)
-        return found
+        return found | input_scale_specs(scheme)
 
     def pack(self, weight: QuantizedTensor) -> dict[str, Tensor]:
         """Returns weight, weight_scale and, where it is known, input_scale = peak / largest number of the input."""
@@ -58,9 +55,7 @@ class Fp8Layout:
             "weight": weight.codes.contiguous().view(FLOAT8[scheme.data_type]),
             "weight_scale": scale.reshape(_scale_shape(scheme, weight.shape)).contiguous(),
         }
-        if weight.input_peak is not None:
-            tensors["input_scale"] = (weight.input_peak / _largest_input(scheme)).to(dtype).reshape(1)
-        return tensors
+        return tensors | pack_input_scale(weight)
 
     def unpack(
         self, tensors: Mapping[str, Tensor], scheme: QuantizationScheme, shape: tuple[int, int]
@@ -72,9 +67,7 @@ class Fp8Layout:
             scale = scale.repeat_interleave(scheme.group_size[0], dim=0)[:rows]
         else:
             scale = scale.reshape(-1, 1).expand(rows, 1)
-        peak = None
-        if "input_scale" in tensors:
-            peak = tensors["input_scale"].double().reshape(()) * _largest_input(scheme)
+        peak = unpack_input_peak(tensors, scheme)
         codes = tensors["weight"].contiguous().view(torch.uint8)
         return QuantizedTensor(codes, scale.contiguous(), None, scheme, input_peak=peak)
 
@@ -102,10 +95,10 @@ class MxLayout:
 
     def pack(self, weight: QuantizedTensor) -> dict[str, Tensor]:
         """Returns the codes and the exponents of the scales."""
-        scale = (floor_log2(weight.scale) + E8M0_BIAS).to(torch.uint8)
+        scale = to_exponents(weight.scale)
         if self.bits == 8:
-            return {"weight": weight.codes.contiguous().view(torch.float8_e4m3fn), "weight_scale": scale.contiguous()}
-        return {"weight_packed": _pack_pairs(weight.codes), "weight_scale": scale.contiguous()}
+            return {"weight": weight.codes.contiguous().view(torch.float8_e4m3fn), "weight_scale": scale}
+        return {"weight_packed": _pack_pairs(weight.codes), "weight_scale": scale}
 
     def unpack(
         self,
@@ -114,7 +107,7 @@ class MxLayout:
         shape: tuple[int, int],  # noqa: ARG002
     ) -> QuantizedTensor:
         """Returns the weight that `pack` was given."""
-        scale = power_of_two(tensors["weight_scale"].to(torch.int32) - E8M0_BIAS)
+        scale = from_exponents(tensors["weight_scale"])
         if self.bits == 8:
             return QuantizedTensor(tensors["weight"].contiguous().view(torch.uint8), scale, None, scheme)
         return QuantizedTensor(_unpack_pairs(tensors["weight_packed"]), scale, None, scheme)
@@ -177,9 +170,14 @@ class NvFp4Layout:
         )
 
 
-def _largest_input(scheme: QuantizationScheme) -> float:
-    assert scheme.activation is not None
-    return largest_level(scheme.activation.data_type, scheme.activation.bits)
+def to_exponents(scale: Tensor) -> Tensor:
+    """Returns powers of two as bytes exponent + 127 (E8M0)."""
+    return (floor_log2(scale) + E8M0_BIAS).to(torch.uint8).contiguous()
+
+
+def from_exponents(bytes_: Tensor) -> Tensor:
+    """Returns the float32 powers of two of E8M0 bytes."""
+    return power_of_two(bytes_.to(torch.int32) - E8M0_BIAS)
 
 
 def _scale_shape(scheme: QuantizationScheme, shape: tuple[int, int]) -> tuple[int, ...]:

@@ -11,8 +11,7 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from auto_round.layouts.base import LAYOUTS
-from auto_round.layouts.float_scaled import Specs
+from auto_round.layouts.base import LAYOUTS, Specs
 from auto_round.schemes import QuantizationScheme
 from auto_round.tensors import QuantizedTensor
 

@@ -12,10 +12,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from auto_round.elements import floor_log2, power_of_two
 from auto_round.layouts.base import LAYOUTS
 from auto_round.layouts.bit_pack import pack_bits, unpack_bits
-from auto_round.layouts.float_scaled import E8M0_BIAS
+from auto_round.layouts.float_scaled import from_exponents, to_exponents
 from auto_round.schemes import QuantizationScheme
 from auto_round.tensors import QuantizedTensor
 
@@ -41,7 +40,7 @@ class MxInt4Layout:
         """Returns the codes and the exponents of the scales."""
         return {
             "weight_packed": pack_bits(swap_sign_form(weight.codes), 4).view(torch.uint8),
-            "weight_scale": (floor_log2(weight.scale) + E8M0_BIAS).to(torch.uint8).contiguous(),
+            "weight_scale": to_exponents(weight.scale),
         }
 
     def unpack(
@@ -50,7 +49,7 @@ class MxInt4Layout:
         """Returns the weight that `pack` was given."""
         words = tensors["weight_packed"].contiguous().view(torch.int32)
         codes = swap_sign_form(unpack_bits(words, 4, shape[1]))
-        scale = power_of_two(tensors["weight_scale"].to(torch.int32) - E8M0_BIAS)
+        scale = from_exponents(tensors["weight_scale"])
         return QuantizedTensor(codes, scale, None, scheme)
 
 
