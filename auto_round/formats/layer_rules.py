@@ -72,7 +72,7 @@ def _rules(said: Mapping[str, Changes | None]) -> dict[str, dict[str, Any]]:
 
 
 def _rules_of_other_modules(plan: Plan) -> dict[str, dict[str, Any]]:
-    others = _other_modules(plan)
+    others = other_modules(plan)
     return {rf"-:{pattern}(?:\..*)?$": {} for pattern in patterns(others, others)}
 
 
@@ -84,7 +84,7 @@ def patterns(chosen: Iterable[str], known: Iterable[str]) -> list[str]:
     wanted = set(chosen)
     families: dict[str, list[str]] = {}
     for name in known:
-        families.setdefault(_family(name), []).append(name)
+        families.setdefault(family_of(name), []).append(name)
     found = []
     for family, members in families.items():
         inside = [name for name in members if name in wanted]
@@ -107,7 +107,7 @@ def patterns(chosen: Iterable[str], known: Iterable[str]) -> list[str]:
 def skipped_modules(plan: Plan) -> list[str]:
     """Returns the linear layers in 16 bits, and what else lies in the blocks and has a matrix (routers, experts)."""
     linear = [entry.layer.name for entry in plan.entries if not entry.scheme.is_quantized]
-    return [*linear, *_other_modules(plan)]
+    return [*linear, *other_modules(plan)]
 
 
 def quantized_in_blocks(plan: Plan) -> list[str] | None:
@@ -125,7 +125,7 @@ def quantized_in_blocks(plan: Plan) -> list[str] | None:
     return [*short, *outside] if hit == set(full) - set(outside) else full
 
 
-def _other_modules(plan: Plan) -> list[str]:
+def other_modules(plan: Plan) -> list[str]:
     """Returns modules in the blocks that hold matrices and are no linear layer: routers, fused experts."""
     inside = tuple(block + "." for block in plan.structure.blocks)
     names = [name.rpartition(".")[0] for name in plan.structure.other_weights if name.startswith(inside)]
@@ -144,7 +144,8 @@ def _fused(names: Iterable[str]) -> list[tuple[str, tuple[str, ...], str]]:
     ]
 
 
-def _family(name: str) -> str:
+def family_of(name: str) -> str:
+    """Returns a regular expression for all names that differ from this one in their numbers only."""
     parts = (r"\d+" if part.isdigit() else re.escape(part) for part in name.split("."))
     return r"\.".join(parts)
 

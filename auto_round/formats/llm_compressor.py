@@ -16,6 +16,7 @@ from typing import Any
 from auto_round.config import RunConfig
 from auto_round.formats.base import EXPORTERS, Container
 from auto_round.formats.capability import Capability, SchemeSet, counted
+from auto_round.formats.layer_rules import family_of, other_modules
 from auto_round.layouts import Layout
 from auto_round.layouts.by_scheme import FLOAT_LAYOUTS, compressed_layout, is_int8_product
 from auto_round.plan import Plan, PlanEntry
@@ -186,7 +187,7 @@ def _targets(plan: Plan, entries: Sequence[PlanEntry], *, alone: bool) -> list[s
     chosen = {entry.layer.name for entry in entries}
     families: dict[str, list[str]] = {}
     for name in names:
-        families.setdefault(_family(name), []).append(name)
+        families.setdefault(family_of(name), []).append(name)
     found: list[str] = []
     for family, members in families.items():
         inside = [name for name in members if name in chosen]
@@ -194,18 +195,11 @@ def _targets(plan: Plan, entries: Sequence[PlanEntry], *, alone: bool) -> list[s
     return found
 
 
-def _family(name: str) -> str:
-    """Returns an expression for all names that differ from this one in their numbers only."""
-    return r"\.".join(r"\d+" if part.isdigit() else re.escape(part) for part in name.split("."))
-
-
 def ignored(plan: Plan) -> list[str]:
     """Returns the linear layers in 16 bits by name, and expressions for routers and experts, which engines take for
     linear layers."""
-    inside = tuple(block + "." for block in plan.structure.blocks)
-    others = (name.rpartition(".")[0] for name in plan.structure.other_weights if name.startswith(inside))
     linear = [entry.layer.name for entry in plan.entries if not entry.scheme.is_quantized]
-    return [*linear, *(rf"re:{re.escape(name)}(?:\..*)?$" for name in dict.fromkeys(others))]
+    return [*linear, *(rf"re:{re.escape(name)}(?:\..*)?$" for name in other_modules(plan))]
 
 
 def compressed_refusals(plan: Plan, capability: Capability) -> list[str]:
