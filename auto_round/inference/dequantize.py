@@ -5,7 +5,7 @@ Shape letters: O out features, I in features, G groups, K group size, R rows of 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -32,12 +32,21 @@ class RowKernel(nn.Module):
 
     def forward(self, layer: QuantizedLinear, x: Tensor) -> Tensor:
         """Returns (..., O) in x's dtype."""
-        bias = None if layer.bias is None else layer.bias.to(x.dtype)
-        parts = []
-        for rows in chunks(layer):
-            part = None if bias is None else bias[rows]
-            parts.append(F.linear(x, dequantized(layer, rows, x.dtype), part))
-        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+        return linear_in_chunks(layer, x, chunks(layer), lambda rows: dequantized(layer, rows, x.dtype))
+
+
+def linear_in_chunks(
+    layer: QuantizedLinear, x: Tensor, pieces: Iterable[slice], weight: Callable[[slice], Tensor]
+) -> Tensor:
+    """Returns (..., O) in x's dtype: a linear layer, computed for some output features at a time.
+
+    Args:
+        pieces: the output features of each chunk, all of them in order.
+        weight: returns the (R, I) weights of a chunk in x's dtype.
+    """
+    bias = None if layer.bias is None else layer.bias.to(x.dtype)
+    parts = [F.linear(x, weight(rows), None if bias is None else bias[rows]) for rows in pieces]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
 
 
 def chunks(layer: QuantizedLinear) -> Iterator[slice]:

@@ -12,12 +12,11 @@ from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from auto_round.data_types import DATA_TYPES
 from auto_round.inference.backends.base import Backend, register_backend
 from auto_round.inference.bit_unpack import unpack_awq_columns, unpack_rows
-from auto_round.inference.dequantize import ROW_LAYOUTS, RowKernel
+from auto_round.inference.dequantize import ROW_LAYOUTS, RowKernel, linear_in_chunks
 from auto_round.inference.input_quantization import QuantizedInput
 from auto_round.inference.layer import QuantizedLinear
 from auto_round.layouts import LAYOUTS
@@ -57,12 +56,7 @@ class DequantizeKernel(nn.Module):
 
     def forward(self, layer: QuantizedLinear, x: Tensor) -> Tensor:
         """Returns (..., O) in x's dtype."""
-        bias = None if layer.bias is None else layer.bias.to(x.dtype)
-        parts = []
-        for rows in _chunks(layer):
-            part = None if bias is None else bias[rows]
-            parts.append(F.linear(x, self.weight(layer, rows, x.dtype), part))
-        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+        return linear_in_chunks(layer, x, _chunks(layer), lambda rows: self.weight(layer, rows, x.dtype))
 
     def weight(self, layer: QuantizedLinear, rows: slice, dtype: torch.dtype) -> Tensor:
         """Returns (R, I) weights scale * (code - zero point) of some output features, which start at a multiple of 8.
