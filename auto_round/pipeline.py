@@ -219,7 +219,8 @@ def _tune_everything(session: Session, store: RunStore, data: CalibrationSet) ->
         if not last:
             assert targets_NTH is not None
             quantized = with_input_quantizers(block, quantizers_of(result))
-            stream.advance(quantized, targets_NTH, _replaced(session, block, result))
+            replaced = _replaced(session, block, result) if stream.quantized_chain else {}
+            stream.advance(quantized, targets_NTH, replaced)
         progress.report(block.name, result, resumed=done)
         release_freed()
     if outside_left:
