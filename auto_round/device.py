@@ -1,6 +1,9 @@
-"""Where things run: device names as users write them, and the precision blocks run in."""
+"""Where things run: device names as users write them, the precision blocks run in, and repeatable kernels."""
 
 from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
 
 import torch
 
@@ -35,3 +38,18 @@ def compute_dtype(device: torch.device, stored: torch.dtype, *, amp: bool) -> to
     if device.type == "cpu" or not amp:
         return torch.float32
     return torch.float16 if stored == torch.float16 else torch.bfloat16
+
+
+@contextlib.contextmanager
+def repeatable_kernels() -> Iterator[None]:
+    """Makes torch choose repeatable kernels for the time of a run, then restores what was set before."""
+    before = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    fill = torch.utils.deterministic.fill_uninitialized_memory
+    try:
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.utils.deterministic.fill_uninitialized_memory = False
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before, warn_only=warn_only)
+        torch.utils.deterministic.fill_uninitialized_memory = fill

@@ -5,7 +5,6 @@ Both the command line and the API end here. State lives in the block stream (act
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import hashlib
 import logging
@@ -23,7 +22,7 @@ from auto_round.calibration import CalibrationSet, load_calibration
 from auto_round.checkpoint import CheckpointSource, ModuleSource, WeightSource, resolve_folder
 from auto_round.config import RunConfig, parse_formats
 from auto_round.data_types.activations import stored_peak
-from auto_round.device import compute_device, compute_dtype
+from auto_round.device import compute_device, compute_dtype, repeatable_kernels
 from auto_round.errors import ConfigError
 from auto_round.formats import FormatTarget, export, verify
 from auto_round.formats.export import HEAD_BLOCK, checked_targets
@@ -152,7 +151,7 @@ def quantize(session: Session, work: Path) -> RunStore:
             calib.dataset, session.tokenizer, nsamples=calib.nsamples, seqlen=calib.seqlen, seed=config.tune.seed
         )
     store = _open_store(work, session, data)
-    with _deterministic():
+    with repeatable_kernels():
         if data is None:
             _round_everything(session, store)
         else:
@@ -205,23 +204,10 @@ def _tune_everything(session: Session, store: RunStore, data: CalibrationSet) ->
     tuner = tuner_for(config.tune)
     stream = _open_stream(session, data, quantized_chain=config.tune.enable_quanted_input and tuner.needs_targets)
     progress = Progress(len(plan.groups))
-    for index, group in enumerate(plan.groups):
-        block = stream.load(index)
+    for index in range(len(plan.groups)):
         last = index == len(plan.groups) - 1 and not outside_left
-        done = store.has(group[0])
-        targets_NTH = stream.run(block, stream.original) if tuner.needs_targets or not last else None
-        result = store.load(group[0]) if done else _tune_block(session, stream, block, targets_NTH)
-        if not done:
-            result = _with_cache_scales(session, stream, block, result)
-            if distributed.is_writer():
-                store.save(group[0], result)
-        distributed.barrier()
-        if not last:
-            assert targets_NTH is not None
-            quantized = with_input_quantizers(block, quantizers_of(result))
-            replaced = _replaced(session, block, result) if stream.quantized_chain else {}
-            stream.advance(quantized, targets_NTH, replaced)
-        progress.report(block.name, result, resumed=done)
+        # In a function of its own, so that nothing of a block stays while the next one is tuned.
+        _pass_block(session, store, stream, index, progress, needs_targets=tuner.needs_targets or not last, last=last)
         release_freed()
     if outside_left:
         head = session.plan.structure.head
@@ -230,6 +216,34 @@ def _tune_everything(session: Session, store: RunStore, data: CalibrationSet) ->
         if data.attention_mask is not None:
             seen = seen[data.attention_mask.to(seen.device)]
         _round_outside(session, store, seen)
+
+
+def _pass_block(
+    session: Session,
+    store: RunStore,
+    stream: BlockStream,
+    index: int,
+    progress: Progress,
+    *,
+    needs_targets: bool,
+    last: bool,
+) -> None:
+    """Quantizes one group of blocks, or takes its result from the store, and moves the activations past it."""
+    block, name = stream.load(index), session.plan.groups[index][0]
+    done = store.has(name)
+    targets_NTH = stream.run(block, stream.original) if needs_targets else None
+    result = store.load(name) if done else _tune_block(session, stream, block, targets_NTH)
+    if not done:
+        result = _with_cache_scales(session, stream, block, result)
+        if distributed.is_writer():
+            store.save(name, result)
+    distributed.barrier()
+    if not last:
+        assert targets_NTH is not None
+        quantized = with_input_quantizers(block, quantizers_of(result))
+        replaced = _replaced(session, block, result) if stream.quantized_chain else {}
+        stream.advance(quantized, targets_NTH, replaced)
+    progress.report(block.name, result, resumed=done)
 
 
 def _open_stream(session: Session, data: CalibrationSet, *, quantized_chain: bool) -> BlockStream:
@@ -379,18 +393,3 @@ def _clip_seqlen(config: RunConfig, model: Any, tokenizer: Any) -> RunConfig:
         return config
     logger.info("changed: seqlen %d -> %d (the model takes no more)", config.calib.seqlen, longest)
     return dataclasses.replace(config, calib=dataclasses.replace(config.calib, seqlen=longest))
-
-
-@contextlib.contextmanager
-def _deterministic() -> Iterator[None]:
-    """Makes torch choose repeatable kernels for the time of a run, then restores what was set before."""
-    before = torch.are_deterministic_algorithms_enabled()
-    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
-    fill = torch.utils.deterministic.fill_uninitialized_memory
-    try:
-        torch.use_deterministic_algorithms(True, warn_only=True)
-        torch.utils.deterministic.fill_uninitialized_memory = False
-        yield
-    finally:
-        torch.use_deterministic_algorithms(before, warn_only=warn_only)
-        torch.utils.deterministic.fill_uninitialized_memory = fill

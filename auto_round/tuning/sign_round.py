@@ -25,6 +25,7 @@ from auto_round import distributed
 from auto_round.config import TuneConfig
 from auto_round.data_types import DATA_TYPES
 from auto_round.data_types.base import DataType, Range
+from auto_round.memory import release_freed
 from auto_round.schemes import QuantizationScheme
 from auto_round.tensors import BlockResult, QuantizedTensor, to_groups
 from auto_round.tuning.base import TuningTask
@@ -117,6 +118,7 @@ class SignRound:
         """Returns the tuned weights of a block; rounding to nearest, with a note, if a loss is not finite."""
         assert task.targets is not None
         run = _BlockRun(task, config)
+        release_freed()  # what the search for scales has left behind is as much as a step takes
         first_loss = run.fixed_loss(run.dequantized())
         best_step = run.descend()
         last_loss = run.fixed_loss(run.kept())
