@@ -285,7 +285,7 @@ def _write_back(model: nn.Module, store: RunStore, plan: Plan) -> None:
     outside = plan.outside()
     for name, value in pipeline.dequantized(store, plan):
         parameter = model.get_parameter(name)
-        if name in outside and plan.structure.tied_head:
+        if name in outside and plan.structure.tied_head and name == f"{plan.structure.head}.weight":
             module = model.get_submodule(name.removesuffix(".weight"))
             module.weight = nn.Parameter(value.to(parameter), requires_grad=parameter.requires_grad)
         else:

@@ -21,13 +21,13 @@ from auto_round.blocks import Block, BlockStream
 from auto_round.calibration import CalibrationSet, load_calibration
 from auto_round.checkpoint import CheckpointSource, ModuleSource, WeightSource, resolve_folder
 from auto_round.config import RunConfig, parse_formats
-from auto_round.data_types.activations import stored_peak
 from auto_round.device import compute_device, compute_dtype, repeatable_kernels
 from auto_round.errors import ConfigError
 from auto_round.formats import FormatTarget, export, verify
 from auto_round.formats.export import HEAD_BLOCK, checked_targets
 from auto_round.memory import release_freed
 from auto_round.models import discover
+from auto_round.outside import OutsideInputs, round_outside
 from auto_round.plan import Plan, resolve
 from auto_round.progress import Progress
 from auto_round.store import RunStore
@@ -36,7 +36,6 @@ from auto_round.tuning import (
     TuningTask,
     quantizers_of,
     round_plain,
-    round_searched,
     tune,
     tuner_for,
     with_input_quantizers,
@@ -47,7 +46,6 @@ from auto_round.tuning.kv_cache import cache_scales
 logger = logging.getLogger(__name__)
 
 WORK_FOLDER = ".auto_round_work"
-HEAD_ROWS = 1 << 14  # rows whose squares are summed at a time
 # Enough to tell a fine-tuned model from its base without reading it whole.
 IDENTITY_TENSORS, IDENTITY_VALUES = 16, 4096
 
@@ -193,7 +191,7 @@ def _round_everything(session: Session, store: RunStore) -> None:
             del stored, weights
         release_freed()
         progress.report(group[0], BlockResult({}))
-    _round_outside(session, store, None)
+    round_outside(plan, source, store, session.config)
 
 
 def _tune_everything(session: Session, store: RunStore, data: CalibrationSet) -> None:
@@ -210,12 +208,18 @@ def _tune_everything(session: Session, store: RunStore, data: CalibrationSet) ->
         _pass_block(session, store, stream, index, progress, needs_targets=tuner.needs_targets or not last, last=last)
         release_freed()
     if outside_left:
-        head = session.plan.structure.head
-        assert head is not None
-        seen = stream.head_inputs(head, stream.quantized)
-        if data.attention_mask is not None:
-            seen = seen[data.attention_mask.to(seen.device)]
-        _round_outside(session, store, seen)
+        round_outside(
+            plan, session.source, store, config, OutsideInputs(_head_inputs(stream, plan), stream.channel_means)
+        )
+
+
+def _head_inputs(stream: BlockStream, plan: Plan) -> Tensor | None:
+    """Returns (R, H) what the output layer sees at real tokens, None if it is not quantized."""
+    head, mask = plan.structure.head, stream.data.attention_mask
+    if head is None or f"{head}.weight" not in plan.outside():
+        return None
+    seen = stream.head_inputs(head, stream.quantized)
+    return seen.flatten(0, -2) if mask is None else seen[mask.to(seen.device)]
 
 
 def _pass_block(
@@ -259,6 +263,7 @@ def _open_stream(session: Session, data: CalibrationSet, *, quantized_chain: boo
         storage=torch.device("cpu") if config.low_gpu_mem_usage else device,
         batch_size=config.tune.batch_size,
         quantized_chain=quantized_chain,
+        watched=[n for n, e in session.plan.outside().items() if e.layer.name != session.plan.structure.head],
     )
 
 
@@ -297,39 +302,6 @@ def _replaced(session: Session, block: Block, result: BlockResult) -> dict[str, 
         replaced[name] = (dense.t() if name in transposed else dense).to(block.dtype)
     replaced.update({name: tensor.to(block.device, block.dtype) for name, tensor in result.plain.items()})
     return replaced
-
-
-def _round_outside(session: Session, store: RunStore, head_inputs: Tensor | None) -> None:
-    """Rounds weights outside the blocks, the output layer's scales searched under what it sees.
-
-    The output layer is not tuned by steps: its outputs, one per token and word, would take more memory than the model.
-
-    Args:
-        head_inputs: (..., H) what the output layer sees at real tokens; None for plain rounding.
-    """
-    outside = session.plan.outside()
-    if not outside or store.has(HEAD_BLOCK) or not distributed.is_writer():
-        return
-    importance, peak = None, None
-    if head_inputs is not None:
-        rows = head_inputs.flatten(0, -2)
-        peak = head_inputs.abs().amax().float()
-        importance = sum(piece.float().square().sum(0) for piece in rows.split(HEAD_ROWS)) / len(rows)
-    weights = {}
-    for name, entry in outside.items():
-        weight = session.source.tensors(entry.layer.name)[name].to(compute_device(session.config.device)).float()
-        weight = weight.t() if entry.layer.transposed else weight
-        if head_inputs is None or not session.config.tune.needs_calibration:
-            quantized = round_plain(weight, entry.scheme)
-        else:
-            seen = importance.to(weight.device) if entry.layer.name == session.plan.structure.head else None
-            quantized = round_searched(weight, entry.scheme, seen)
-        activation = entry.scheme.activation
-        if activation is not None and activation.needs_calibration:
-            assert peak is not None  # such schemes are calibrated
-            quantized = dataclasses.replace(quantized, input_peak=stored_peak(peak, entry.scheme))
-        weights[name] = quantized.to("cpu")
-    store.save(HEAD_BLOCK, BlockResult(weights))
 
 
 def block_seed(seed: int, name: str) -> int:

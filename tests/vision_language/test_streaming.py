@@ -1,0 +1,142 @@
+"""Every family of vision-language models: blocks are found, and streaming them is the model's own forward pass."""
+
+import pytest
+import torch
+from vision_families import FAMILIES
+
+from auto_round.blocks import BlockStream
+from auto_round.calibration import CalibrationSet
+from auto_round.checkpoint import CheckpointSource, ModuleSource
+from auto_round.models import discover
+
+CPU = torch.device("cpu")
+TOKENS = 30
+
+
+def open_stream(source, data, batch_size=1):
+    groups = [(name,) for name in discover(source.model).blocks]
+    return BlockStream(
+        source, groups, data, device=CPU, dtype=torch.float32, storage=CPU, batch_size=batch_size, quantized_chain=True
+    )
+
+
+def hidden_states(stream):
+    """Returns the output of each block by name, of those that run."""
+    outputs = {}
+    for index, (name,) in enumerate(stream.groups):
+        block = stream.load(index)
+        found = stream.run(block, stream.original)
+        stream.advance(block, found, {})
+        if block.runs:
+            outputs[name] = found
+    return outputs
+
+
+def full_forward(model, calls):
+    """Returns the outputs of each block by name for several calls of the model, and the output layer's inputs."""
+    seen = {}
+
+    def keep(key, of):
+        def hook(_module, args, output):
+            seen.setdefault(key, []).append(of(args, output))
+
+        return hook
+
+    handles = [
+        model.get_submodule(name).register_forward_hook(keep(name, lambda _, o: o[0] if isinstance(o, tuple) else o))
+        for name in discover(model).blocks
+    ]
+    head = discover(model).head
+    handles.append(model.get_submodule(head).register_forward_hook(keep(head, lambda args, _: args[0])))
+    with torch.no_grad():
+        for arguments in calls:
+            model(**arguments, use_cache=False)
+    for handle in handles:
+        handle.remove()
+    return {name: torch.cat(parts) for name, parts in seen.items()}
+
+
+def same(found, expected, source):
+    """Whether values are equal; where weights are mapped from a file, but for the order of sums that alignment sets."""
+    if source.folder is None:
+        return torch.equal(found, expected)
+    return torch.allclose(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def picture_data(family, count=3):
+    """Returns samples of different lengths, each with a picture, padded to one length, and the same by themselves."""
+    samples = [family.with_picture(tokens=14 + 2 * index, seed=index) for index in range(count)]
+    width = max(sample["input_ids"].shape[1] for sample in samples) + 1
+    ids, masks, media = [], [], []
+    for sample in samples:
+        length = sample["input_ids"].shape[1]
+        fill = {name: pad(tensor, length, width) for name, tensor in sample.items()}
+        ids.append(fill.pop("input_ids"))
+        masks.append(fill.pop("attention_mask").bool())
+        media.append(fill)
+    data = CalibrationSet(torch.cat(ids), torch.cat(masks), tuple(media))
+    calls = [
+        {"input_ids": data.input_ids[i : i + 1], "attention_mask": data.attention_mask[i : i + 1].long(), **media[i]}
+        for i in range(count)
+    ]
+    return data, calls
+
+
+def pad(tensor, length, width):
+    if tensor.is_floating_point() or tensor.ndim < 2 or tensor.shape[1] != length:
+        return tensor
+    filled = tensor.new_zeros(tensor.shape[0], width, *tensor.shape[2:])
+    filled[:, :length] = tensor
+    return filled
+
+
+@pytest.fixture(params=FAMILIES)
+def family(request):
+    found = FAMILIES[request.param]
+    if not found.is_there:
+        pytest.skip(f"this Transformers has no {found.architecture}")
+    return found
+
+
+def test_the_decoder_is_found_not_the_vision_tower(family):
+    assert discover(family.model()).block_lists == (family.blocks,)
+
+
+def test_streamed_text_equals_a_full_forward(family, tmp_path):
+    model = family.model()
+    model.save_pretrained(tmp_path / "model")
+    data = CalibrationSet(family.text(3))
+    expected = full_forward(model, [{"input_ids": data.input_ids[i : i + 1]} for i in range(3)])
+    for source in (ModuleSource(model), CheckpointSource(tmp_path / "model")):
+        stream = open_stream(source, data)
+        found = hidden_states(stream)
+        head = discover(source.model).head
+        found[head] = stream.head_inputs(head, stream.original)
+        assert found.keys() == expected.keys()
+        for name in expected:
+            assert same(found[name], expected[name], source), name
+
+
+def test_streamed_pictures_equal_a_full_forward(family, tmp_path):
+    model = family.model()
+    model.save_pretrained(tmp_path / "model")
+    data, calls = picture_data(family)
+    expected = full_forward(model, calls)
+    for source in (ModuleSource(model), CheckpointSource(tmp_path / "model")):
+        stream = open_stream(source, data)
+        found = hidden_states(stream)
+        head = discover(source.model).head
+        found[head] = stream.head_inputs(head, stream.original)
+        assert found.keys() == expected.keys()
+        for name in expected:
+            assert same(found[name], expected[name], source), name
+
+
+def test_batches_of_pictures_give_what_single_ones_do(family):
+    data, _ = picture_data(family)
+    model = family.model()
+    single, batched = (hidden_states(open_stream(ModuleSource(model), data, size)) for size in (1, 2))
+    for name in single:
+        # Products of two samples at a time may sum in another order.
+        real = data.attention_mask
+        torch.testing.assert_close(batched[name][real], single[name][real], rtol=1e-4, atol=1e-4)
