@@ -26,7 +26,7 @@ from auto_round.errors import ConfigError
 from auto_round.formats import FormatTarget, export, verify
 from auto_round.formats.export import HEAD_BLOCK, checked_targets
 from auto_round.memory import release_freed
-from auto_round.models import discover
+from auto_round.models import discover, keep_joined
 from auto_round.outside import OutsideInputs, round_outside
 from auto_round.plan import Plan, resolve
 from auto_round.progress import Progress
@@ -94,7 +94,8 @@ def open_session(config: RunConfig, *, tokenizer: Any = None) -> Session:
         source = ModuleSource(config.model)
     names = config.scheme.to_quant_block_names
     lists = [name.strip() for name in names.split(",")] if isinstance(names, str) else names
-    plan = resolve(discover(source.model, lists), config.scheme, nblocks=config.tune.nblocks)
+    structure = keep_joined(discover(source.model, lists), set(source.keys().values()))
+    plan = resolve(structure, config.scheme, nblocks=config.tune.nblocks)
     return Session(_clip_seqlen(config, source.model, tokenizer), source, tokenizer, plan)
 
 

@@ -6,6 +6,7 @@ Works on any torch module, real or on the meta device. Knows nothing of schemes 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Collection
 
 from torch import nn
 
@@ -151,6 +152,21 @@ def _why_kept(module: nn.Module) -> str:
         return "its weight is used without the layer"
     has_own_code = isinstance(module, nn.Linear) and type(module).forward is not nn.Linear.forward
     return "more than a linear layer (a router)" if has_own_code else ""
+
+
+def keep_joined(structure: ModelStructure, stored: Collection[str | None]) -> ModelStructure:
+    """Returns the structure with those linear layers kept whose weights a checkpoint stores joined with others.
+
+    Args:
+        stored: names of the parameters that are stored as they are.
+    """
+    linears = [
+        dataclasses.replace(linear, kept="the checkpoint stores it joined with other weights")
+        if linear.parameter not in stored and not (structure.tied_head and linear.name == structure.head)
+        else linear
+        for linear in structure.linears
+    ]
+    return dataclasses.replace(structure, linears=tuple(linears))
 
 
 def _linear_shape(module: nn.Module) -> tuple[int, int]:
