@@ -216,6 +216,21 @@ def copy_side_files(source: Path, target: Path) -> None:
                 shutil.copyfile(file, target / file.name)
 
 
+def load_processor(folder: Path, *, trust_remote_code: bool) -> Any:
+    """Returns the processor of pictures in a model's folder.
+
+    Raises:
+        ConfigError: there is none, or a package that it needs is missing.
+    """
+    from transformers import AutoProcessor
+
+    try:
+        return AutoProcessor.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        reason = str(error).strip()[:300]
+        raise ConfigError(f"{folder} has no processor that loads, which pictures need: {reason}") from error
+
+
 def resolve_folder(model: str) -> Path:
     """Returns the local folder of a model path or hub name (downloaded to the hub cache).
 

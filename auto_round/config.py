@@ -93,6 +93,9 @@ class CalibConfig:
     )
     nsamples: int = option(128, "samples of calibration text", "--nsample")
     seqlen: int = option(2048, "tokens of a sample", "--seq_len")
+    extra_data_dir: str | None = option(
+        None, "folder of the pictures that a LLaVA-style --dataset names: DIR or image=DIR", kind=str
+    )
 
     def __post_init__(self) -> None:
         problems = [

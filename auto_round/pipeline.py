@@ -18,8 +18,8 @@ from torch import Tensor
 
 from auto_round import __version__, distributed
 from auto_round.blocks import Block, BlockStream
-from auto_round.calibration import CalibrationSet, load_calibration
-from auto_round.checkpoint import CheckpointSource, ModuleSource, WeightSource, resolve_folder
+from auto_round.calibration import CalibrationSet, has_pictures, load_calibration, load_pictures
+from auto_round.checkpoint import CheckpointSource, ModuleSource, WeightSource, load_processor, resolve_folder
 from auto_round.config import RunConfig, parse_formats
 from auto_round.device import compute_device, compute_dtype, repeatable_kernels
 from auto_round.errors import ConfigError
@@ -52,12 +52,17 @@ IDENTITY_TENSORS, IDENTITY_VALUES = 16, 4096
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Session:
-    """What a run works on: its options, where weights come from, what becomes of them."""
+    """What a run works on: its options, where weights come from, what becomes of them.
+
+    Attributes:
+        processor: of pictures, as given; None: the one in the model's folder.
+    """
 
     config: RunConfig
     source: WeightSource
     tokenizer: Any
     plan: Plan
+    processor: Any = None
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -75,11 +80,12 @@ class RunResult:
     seconds: float
 
 
-def open_session(config: RunConfig, *, tokenizer: Any = None) -> Session:
+def open_session(config: RunConfig, *, tokenizer: Any = None, processor: Any = None) -> Session:
     """Reads the model's structure and resolves the plan; no weights are read.
 
     Args:
         tokenizer: used instead of the one in the model's folder.
+        processor: the same for the processor of pictures.
     Raises:
         ConfigError, UnsupportedError: everything that is wrong with the options, before any work.
     """
@@ -96,7 +102,7 @@ def open_session(config: RunConfig, *, tokenizer: Any = None) -> Session:
     lists = [name.strip() for name in names.split(",")] if isinstance(names, str) else names
     structure = keep_joined(discover(source.model, lists), set(source.keys().values()))
     plan = resolve(structure, config.scheme, nblocks=config.tune.nblocks)
-    return Session(_clip_seqlen(config, source.model, tokenizer), source, tokenizer, plan)
+    return Session(_clip_seqlen(config, source.model, tokenizer), source, tokenizer, plan, processor)
 
 
 def format_targets(session: Session) -> list[FormatTarget]:
@@ -131,6 +137,8 @@ def write(session: Session, target: FormatTarget, store: RunStore) -> None:
     """
     exporter, folder, config = target.exporter, target.folder, session.config
     export(exporter, folder, session.plan, session.source, store, config, session.tokenizer)
+    if session.source.folder is None and session.processor is not None:
+        session.processor.save_pretrained(folder)
     logger.info("wrote %s to %s", exporter.name, folder)
     if config.verify:
         verify(exporter, folder, plan=session.plan, source=session.source, store=store, config=config)
@@ -145,10 +153,7 @@ def quantize(session: Session, work: Path) -> RunStore:
         logger.warning("%s", warning)
     data = None
     if config.tune.needs_calibration or plan.needs_calibration:
-        calib = config.calib
-        data = load_calibration(
-            calib.dataset, session.tokenizer, nsamples=calib.nsamples, seqlen=calib.seqlen, seed=config.tune.seed
-        )
+        data = _load_data(session)
     store = _open_store(work, session, data)
     with repeatable_kernels():
         if data is None:
@@ -158,6 +163,20 @@ def quantize(session: Session, work: Path) -> RunStore:
     distributed.barrier()
     assert all(store.has(group[0]) for group in plan.groups), source
     return store
+
+
+def _load_data(session: Session) -> CalibrationSet:
+    calib, seed = session.config.calib, session.config.tune.seed
+    if not has_pictures(calib.dataset):
+        return load_calibration(
+            calib.dataset, session.tokenizer, nsamples=calib.nsamples, seqlen=calib.seqlen, seed=seed
+        )
+    processor, folder = session.processor, session.source.folder
+    if processor is None and folder is not None and isinstance(calib.dataset, str | Path):
+        processor = load_processor(folder, trust_remote_code=session.config.trust_remote_code)
+    return load_pictures(
+        calib.dataset, processor, nsamples=calib.nsamples, seqlen=calib.seqlen, seed=seed, folder=calib.extra_data_dir
+    )
 
 
 def dequantized(store: RunStore, plan: Plan) -> Iterator[tuple[str, Tensor]]:
@@ -333,6 +352,9 @@ def _data_identity(data: CalibrationSet) -> str:
     digest = hashlib.sha256(data.input_ids.numpy().tobytes())
     if data.attention_mask is not None:
         digest.update(data.attention_mask.numpy().tobytes())
+    for sample in data.media or ():
+        for name in sorted(sample):
+            digest.update(name.encode() + sample[name].contiguous().numpy().tobytes())
     return digest.hexdigest()
 
 
