@@ -406,5 +406,6 @@ FAMILIES = {
         },
         "model.language_model.layers",
         pixels(1, 4, 192, image_token_pooling=[[0, 1, 2, 3]], image_grids=[[1, 1, 0, 0]], image_num_crops=[1]), 1,
+        "q, k, v and gate, up are stored joined and stay in 16 bits",
     ),
 }  # fmt: skip

@@ -4,9 +4,11 @@ import pytest
 import torch
 from vision_families import FAMILIES
 
+from auto_round import AutoRound
 from auto_round.blocks import BlockStream
 from auto_round.calibration import CalibrationSet
 from auto_round.checkpoint import CheckpointSource, ModuleSource
+from auto_round.errors import UnsupportedError
 from auto_round.models import discover
 
 CPU = torch.device("cpu")
@@ -140,3 +142,34 @@ def test_batches_of_pictures_give_what_single_ones_do(family):
         # Products of two samples at a time may sum in another order.
         real = data.attention_mask
         torch.testing.assert_close(batched[name][real], single[name][real], rtol=1e-4, atol=1e-4)
+
+
+def test_vision_features_between_blocks_forbid_tuning_these_together():
+    family = FAMILIES["qwen3_vl"]
+    data, _ = picture_data(family)
+    blocks = discover(family.model()).blocks
+    with pytest.raises(UnsupportedError, match=r"changes hidden states before .*layers\.1.*nblocks=1"):
+        BlockStream(
+            ModuleSource(family.model()), [blocks[:2], blocks[2:]], data, device=CPU, dtype=torch.float32, storage=CPU,
+            batch_size=1, quantized_chain=True,
+        )  # fmt: skip
+
+
+def test_cross_attention_is_rounded_on_text_and_tuned_on_pictures():
+    family = FAMILIES["mllama"]
+    options = {"bits": 4, "group_size": 32, "iters": 1, "nsamples": 3, "seqlen": 48, "batch_size": 1, "device": "cpu"}
+    notes = []
+    for data in (family.text(3), [family.with_picture(seed=index) for index in range(3)]):
+        rounder = AutoRound(family.model(), dataset=data, **options)
+        rounder.quantize()
+        notes.append(rounder._store.load(f"{family.blocks}.1").note)
+    assert notes[0].startswith("calibration never reached")
+    assert notes[1] == ""
+
+
+def test_weights_that_a_checkpoint_joins_stay_and_say_why(tmp_path):
+    FAMILIES["molmo2"].model().save_pretrained(tmp_path)
+    entries = AutoRound(str(tmp_path), group_size=32, iters=0, disable_opt_rtn=True).plan.entries
+    inside = {e.layer.name.split(".")[-1]: e for e in entries if e.layer.block == 0}
+    assert {name for name, entry in inside.items() if entry.scheme.is_quantized} == {"o_proj", "down_proj"}
+    assert inside["q_proj"].reason == "the checkpoint stores it joined with other weights"
