@@ -7,6 +7,7 @@ and word. Scales are searched under what calibration samples give each layer, wh
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Mapping
 
 from torch import Tensor
@@ -21,6 +22,8 @@ from auto_round.plan import Plan
 from auto_round.store import RunStore
 from auto_round.tensors import BlockResult, QuantizedTensor
 from auto_round.tuning import round_plain, round_searched
+
+logger = logging.getLogger(__name__)
 
 HEAD_ROWS = 1 << 14  # rows whose squares are summed at a time
 
@@ -72,4 +75,5 @@ def round_outside(
         weights[name] = quantized.to("cpu")
     idle = [name for name in outside if name not in importance]
     note = f"calibration never reached {len(idle)} of {len(outside)} layers, e.g. {idle[0]}" if inputs and idle else ""
+    logger.info("rounded %d layers outside the blocks%s", len(weights), f"; {note}" if note else "")
     store.save(HEAD_BLOCK, BlockResult(weights, note=note))
