@@ -100,6 +100,7 @@ WITH_TOKEN_TYPES = {
     "Qwen2VLForConditionalGeneration": "mm_token_type_ids",
     "Qwen2_5_VLForConditionalGeneration": "mm_token_type_ids",
     "Qwen3VLForConditionalGeneration": "mm_token_type_ids",
+    "Qwen3VLMoeForConditionalGeneration": "mm_token_type_ids",
     "Glm4vForConditionalGeneration": "mm_token_type_ids",
     "Glm46VForConditionalGeneration": "mm_token_type_ids",
     "PaliGemmaForConditionalGeneration": "token_type_ids",
@@ -162,6 +163,21 @@ FAMILIES = {
             **MEDIA_IDS, "tie_word_embeddings": True,
         },
         "model.language_model.layers", patches(8), 4, "vision features are added between decoder blocks",
+    ),
+    "qwen3_vl_moe": VisionFamily(
+        "Qwen3-VL-MoE", "Qwen3VLMoeForConditionalGeneration",
+        {
+            "text_config": {
+                **TEXT, "head_dim": 16, "rope_parameters": THREE_ROTARY, "num_experts": 4, "num_experts_per_tok": 2,
+                "moe_intermediate_size": 32,
+            },
+            "vision_config": {
+                "depth": 3, "hidden_size": 32, "intermediate_size": 64, "out_hidden_size": 64, "num_heads": 2,
+                "patch_size": 8, "num_position_embeddings": 16, "deepstack_visual_indexes": [0, 1],
+            },
+            **MEDIA_IDS, "tie_word_embeddings": False,
+        },
+        "model.language_model.layers", patches(8), 4, "fused experts stay in 16 bits",
     ),
     "llava": VisionFamily(
         "LLaVA 1.5", "LlavaForConditionalGeneration",
@@ -370,6 +386,15 @@ FAMILIES = {
             "tie_word_embeddings": False,
         },
         "model.language_model.layers", pixels(1, 2, 3, 16, 16, image_sizes=[[16, 16]]), 10,
+    ),
+    "cohere2_vision": VisionFamily(
+        "Command A Vision", "Cohere2VisionForConditionalGeneration",
+        {
+            "text_config": {"model_type": "cohere2", **TEXT, "head_dim": 16, "sliding_window": 8, "logit_scale": 1.0},
+            "vision_config": {"model_type": "siglip_vision_model", **TOWER}, "image_token_id": IMAGE,
+            "alignment_intermediate_size": 64,
+        },
+        "model.language_model.layers", pixels(1, 3, 16, 16), 1,
     ),
     "kimi_k25": VisionFamily(
         "Kimi K2.5 (Kimi-VL's successor)", "Kimi_K25ForConditionalGeneration",

@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from vision_families import FAMILIES
+import transformers
+from vision_families import FAMILIES, IMAGE, ORDINARY, TEXT
 
 from auto_round import AutoRound
 from auto_round.blocks import BlockStream
@@ -173,3 +174,19 @@ def test_weights_that_a_checkpoint_joins_stay_and_say_why(tmp_path):
     inside = {e.layer.name.split(".")[-1]: e for e in entries if e.layer.block == 0}
     assert {name for name, entry in inside.items() if entry.scheme.is_quantized} == {"o_proj", "down_proj"}
     assert inside["q_proj"].reason == "the checkpoint stores it joined with other weights"
+
+
+def test_models_that_take_the_first_element_of_what_a_block_returns_are_streamed_too():
+    """Chameleon does, and so does much code that comes with checkpoints."""
+    quantizer = {
+        "embed_dim": 16, "num_embeddings": 8, "latent_channels": 16, "resolution": 16, "base_channels": 32,
+        "channel_multiplier": [1, 1], "num_res_blocks": 1,
+    }  # fmt: skip
+    words = {"<image>": IMAGE, **{f"IMGIMG{chr(65 + index)}Z": index for index in range(8)}}
+    config = transformers.ChameleonConfig(**TEXT, vq_config=quantizer, vocabulary_map=words)
+    model = transformers.ChameleonForConditionalGeneration(config).eval()
+    ids = torch.randint(20, ORDINARY, (3, 24), generator=torch.Generator().manual_seed(0))
+    expected = full_forward(model, [{"input_ids": ids[index : index + 1]} for index in range(3)])
+    found = hidden_states(open_stream(ModuleSource(model), CalibrationSet(ids)))
+    assert len(found) == 3
+    assert all(torch.equal(hidden, expected[name]) for name, hidden in found.items())
