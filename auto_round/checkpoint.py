@@ -19,7 +19,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from auto_round.errors import CheckpointError, ConfigError, UnsupportedError
+from auto_round.errors import CheckpointError, ConfigError
+from auto_round.models.auto_class import auto_class
 from auto_round.shards import INDEX_NAME
 
 PICKLED_INDEX_NAME = "pytorch_model.bin.index.json"
@@ -215,6 +216,21 @@ def copy_side_files(source: Path, target: Path) -> None:
                 shutil.copyfile(file, target / file.name)
 
 
+def load_processor(folder: Path, *, trust_remote_code: bool) -> Any:
+    """Returns the processor of pictures in a model's folder.
+
+    Raises:
+        ConfigError: there is none, or a package that it needs is missing.
+    """
+    from transformers import AutoProcessor
+
+    try:
+        return AutoProcessor.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        reason = str(error).strip()[:300]
+        raise ConfigError(f"{folder} has no processor that loads, which pictures need: {reason}") from error
+
+
 def resolve_folder(model: str) -> Path:
     """Returns the local folder of a model path or hub name (downloaded to the hub cache).
 
@@ -266,24 +282,18 @@ def structure_of(folder: Path, *, trust_remote_code: bool) -> nn.Module:
 
     Raises:
         ConfigError: no config.json, or code in the folder that was not allowed to run.
-        UnsupportedError: no causal language model that Transformers knows.
+        UnsupportedError: no language or vision-language model that Transformers knows.
     """
     from accelerate import init_empty_weights
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
-    stored = _stored_config(folder, trust_remote_code=trust_remote_code)
+    _stored_config(folder, trust_remote_code=trust_remote_code)
     config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
-    try:
-        with init_empty_weights(include_buffers=False):
-            model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-    except ValueError as error:
-        kind = stored.get("model_type")
-        raise UnsupportedError(
-            f"{folder} ({kind}) is no text-only causal language model that Transformers knows. Vision-language models "
-            f"are not quantized yet. Transformers says: {str(error).splitlines()[0][:200]}"
-        ) from error
+    kind = auto_class(config)
+    with init_empty_weights(include_buffers=False):
+        model = kind.from_config(config, trust_remote_code=trust_remote_code)
     model.tie_weights()
     return model.eval()
 

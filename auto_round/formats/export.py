@@ -178,7 +178,7 @@ def _write_configs(exporter: Exporter, folder: Path, plan: Plan, source: WeightS
         model_config = json.loads(source.model.config.to_json_string(use_diff=True))
         model_config.setdefault("architectures", [type(source.model).__name__])
         model_config["dtype"] = str(source.model.dtype).removeprefix("torch.")
-    if plan.outside() and plan.structure.tied_head:
+    if plan.structure.tied_head and f"{plan.structure.head}.weight" in plan.outside():
         for part in (model_config, model_config.get("text_config", {})):
             part["tie_word_embeddings"] = False
     if config.model_dtype is not None:

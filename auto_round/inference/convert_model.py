@@ -68,6 +68,9 @@ def convert_hf_model(model: nn.Module, target_device: str = "cpu") -> tuple[nn.M
         device = model.get_submodule(spec.name).weight.device
         layer = QuantizedLinear(spec, backends[spec.name].prepare, device, choose_kernel)
         model.set_submodule(spec.name, layer)
+        # Transformers initialises what it takes for missing; some classes (SigLIP) do so to the weights of layers in
+        # them, which are gone. All that such a module holds is in the checkpoint.
+        model.get_submodule(spec.name.rpartition(".")[0])._is_hf_initialized = True  # type: ignore[assignment]
     counts = Counter(backend.name for backend in backends.values())
     return model, [name for name, _ in counts.most_common()]
 

@@ -6,6 +6,7 @@ Works on any torch module, real or on the meta device. Knows nothing of schemes 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Collection
 
 from torch import nn
 
@@ -22,12 +23,14 @@ class LinearInfo:
         shape: (out features, in features).
         transposed: the parameter is stored (in, out), as in GPT-2's Conv1D.
         block: index of the block it is in, or None.
+        kept: why it can only stay in 16 bits, "" if it need not.
     """
 
     name: str
     shape: tuple[int, int]
     transposed: bool
     block: int | None
+    kept: str = ""
 
     @property
     def parameter(self) -> str:
@@ -65,7 +68,7 @@ class ModelFamily:
         Raises:
             UnsupportedError: no list of layers was found.
         """
-        candidates = {}
+        candidates: dict[str, int] = {}
         for name, module in model.named_modules():
             if isinstance(module, nn.ModuleList) and not any(name.startswith(found + ".") for found in candidates):
                 size = sum(p.numel() for p in module.parameters())
@@ -75,7 +78,24 @@ class ModelFamily:
             raise UnsupportedError(
                 f"{type(model).__name__} has no list of layers with linear weights. Name it with --to_quant_block_names"
             )
-        return [max(candidates, key=lambda name: candidates[name])]
+        beside = _beside_embedding(model, list(candidates))
+        return [max(beside, key=lambda name: (-name.count("."), candidates[name]))]
+
+
+def _beside_embedding(model: nn.Module, lists: list[str]) -> list[str]:
+    """Returns the lists below the smallest module that holds the word embedding and any of them.
+
+    That is the text decoder; a vision tower, which may be larger, lies elsewhere or deeper.
+    """
+    get_embedding = getattr(model, "get_input_embeddings", None)
+    embedding = get_embedding() if callable(get_embedding) else None
+    place = next((name for name, module in model.named_modules() if module is embedding), "")
+    while place:
+        place = place.rpartition(".")[0]
+        below = [name for name in lists if not place or name.startswith(place + ".")]
+        if below:
+            return below
+    return lists
 
 
 FAMILIES: Registry[ModelFamily] = Registry("model family")
@@ -117,12 +137,36 @@ def discover(model: nn.Module, block_names: list[str] | None = None) -> ModelStr
         blocks += [f"{name}.{index}" for index in range(len(modules[name]))]
     owner = {block: index for index, block in enumerate(blocks)}
     linears = tuple(
-        LinearInfo(name, _linear_shape(module), is_transposed(module), _block_of(name, owner))
+        LinearInfo(name, _linear_shape(module), is_transposed(module), _block_of(name, owner), _why_kept(module))
         for name, module in modules.items()
         if is_linear(module)
     )
     other = _other_weights(model, {linear.parameter for linear in linears}, owner)
     return ModelStructure(tuple(blocks), linears, tuple(lists), head_name(model), has_tied_head(model), other)
+
+
+def _why_kept(module: nn.Module) -> str:
+    # torch's own mark: nn.MultiheadAttention multiplies with the weight itself and never calls the layer.
+    reads_weight = isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear)
+    if reads_weight:
+        return "its weight is used without the layer"
+    has_own_code = isinstance(module, nn.Linear) and type(module).forward is not nn.Linear.forward
+    return "more than a linear layer (a router)" if has_own_code else ""
+
+
+def keep_joined(structure: ModelStructure, stored: Collection[str | None]) -> ModelStructure:
+    """Returns the structure with those linear layers kept whose weights a checkpoint stores joined with others.
+
+    Args:
+        stored: names of the parameters that are stored as they are.
+    """
+    linears = [
+        dataclasses.replace(linear, kept="the checkpoint stores it joined with other weights")
+        if linear.parameter not in stored and not (structure.tied_head and linear.name == structure.head)
+        else linear
+        for linear in structure.linears
+    ]
+    return dataclasses.replace(structure, linears=tuple(linears))
 
 
 def _linear_shape(module: nn.Module) -> tuple[int, int]:
@@ -147,10 +191,13 @@ def head_name(model: nn.Module) -> str | None:
 
 
 def has_tied_head(model: nn.Module) -> bool:
-    """Whether the output layer shares its weight with the embedding."""
-    config = getattr(model, "config", None)
-    text_config = config.get_text_config() if hasattr(config, "get_text_config") else config
-    return bool(head_name(model) and getattr(text_config, "tie_word_embeddings", False))
+    """Whether the output layer shares its weight with the embedding.
+
+    The parameters tell. Configs do not always: of two nested ones either may hold the flag that counts.
+    """
+    head = head_name(model)
+    embedding = model.get_input_embeddings() if head is not None else None  # type: ignore[operator]
+    return head is not None and getattr(embedding, "weight", None) is getattr(model.get_submodule(head), "weight", 0)
 
 
 def _other_weights(model: nn.Module, linear_parameters: set[str], owner: dict[str, int]) -> dict[str, str]:

@@ -34,7 +34,9 @@ def tune(task: TuningTask, config: TuneConfig) -> BlockResult:
     """Returns the quantized weights of a block, chosen for the quantized activations that they will meet."""
     peaks = calibrated_peaks(task)
     block = with_input_quantizers(task.block, input_quantizers(task.schemes, peaks))
-    return with_peaks(tuner_for(config)(dataclasses.replace(task, block=block), config), peaks)
+    # Cross-attention that text leaves out has nothing to be tuned on.
+    tuner = tuner_for(config if task.block.runs else dataclasses.replace(config, iters=0))
+    return with_peaks(tuner(dataclasses.replace(task, block=block), config), peaks)
 
 
 def tuner_for(config: TuneConfig) -> Tuner:
