@@ -17,15 +17,16 @@ from auto_round.config import SchemeConfig
 from auto_round.data_types import DATA_TYPES
 from auto_round.data_types.activations import why_not_activation
 from auto_round.errors import ConfigError, nearest
-from auto_round.models.base import LinearInfo, ModelStructure
+from auto_round.models.base import ROUTER, LinearInfo, ModelStructure
 from auto_round.schemes import QuantizationScheme, check_fields, preset_name_to_scheme
 from auto_round.tensors import group_count
 
 SIXTEEN_BIT = QuantizationScheme(bits=16)
 SMALLEST_GROUP = 16
 # Layers whose weights serving engines join into one matrix, so that their schemes must agree. Source: vLLM's and
-# SGLang's packed_modules_mapping for the Llama and Qwen families.
-FUSED_GROUPS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+# SGLang's packed_modules_mapping for the Llama and Qwen families; w1 and w3 are what Mixtral calls an expert's gate and
+# up projections.
+FUSED_GROUPS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("w1", "w3"))
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -241,6 +242,8 @@ def _scheme_of(
     if layer.name in overrides:
         fields, pattern = overrides[layer.name]
         return base.replace(**fields), f"by '{pattern}'"
+    if layer.is_router:
+        return SIXTEEN_BIT, ROUTER
     if layer.block is not None:
         return base, "in a block"
     if layer.name == structure.head and quant_lm_head:
