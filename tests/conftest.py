@@ -93,7 +93,7 @@ def make_model() -> Callable[..., Any]:
             torch.manual_seed(7)
             head = "LMHeadModel" if kind == "gpt2" else "ForCausalLM"
             model = getattr(transformers, family + head)(config).eval()
-            for parameter in model.parameters():  # routers that start at zero choose nothing
+            for parameter in model.parameters() if kind in MOE else ():  # routers that start at zero choose nothing
                 if not parameter.any():
                     torch.nn.init.normal_(parameter, std=0.1)
             return model

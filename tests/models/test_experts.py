@@ -88,7 +88,9 @@ class Ungated(nn.Module):
         self.act_fn = ACT2FN["relu2"]
 
     def forward(self, hidden: torch.Tensor, indices: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        every = torch.stack([self.act_fn(hidden @ up.T) @ down.T for up, down in zip(self.up_proj, self.down_proj)], 1)
+        every = torch.stack(
+            [self.act_fn(hidden @ up.T) @ down.T for up, down in zip(self.up_proj, self.down_proj, strict=True)], 1
+        )
         return (every.gather(1, indices[..., None].expand(-1, -1, 7)) * weights[..., None]).sum(1)
 
 
