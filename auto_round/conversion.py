@@ -83,10 +83,10 @@ class KeyMap:
 
 def unfuse(model: nn.Module) -> Unfused:
     """Returns a model whose experts are linear layers, named as in checkpoints; the given one stays as it is."""
-    converters = [entry for entry in _all_conversions(model)[1] if fuses_experts(entry)]
+    converters = [entry for entry in model_conversions(model)[1] if fuses_experts(entry)]
     known = all(type(step).__name__ in PLAIN_STEPS for entry in converters for step in entry.operations)
     experts = fused_experts(model) if known else {}
-    leaves = dict.fromkeys(experts, _leaves(model))
+    leaves = dict.fromkeys(experts, expert_leaves(model))
     return Unfused(with_linear_experts(model, experts, leaves), experts, leaves)
 
 
@@ -111,7 +111,7 @@ def map_keys(keys: Iterable[str], unfused: Unfused) -> KeyMap:
 
 def conversions(unfused: Unfused) -> tuple[list[Any], list[Any]]:
     """Returns Transformers' renamings and converters between checkpoint and model, without those that fuse experts."""
-    renamings, converters = _all_conversions(unfused.model)
+    renamings, converters = model_conversions(unfused.model)
     return renamings, [entry for entry in converters if not (unfused.experts and fuses_experts(entry))]
 
 
@@ -129,10 +129,10 @@ def stored_keys(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tens
     return dict(revert_weight_conversion(model, dict(state)))
 
 
-def _leaves(model: nn.Module) -> Leaves:
+def expert_leaves(model: nn.Module) -> Leaves:
     """Returns the names of an expert's gate, up and down projections in checkpoints: as the conversion has them."""
     gate, up, down = family_of(model).expert_names
-    for converter in _all_conversions(model)[1]:
+    for converter in model_conversions(model)[1]:
         sources = [pattern.removesuffix(".weight").rpartition(".")[2] for pattern in converter.source_patterns]
         target = converter.target_patterns[0]
         if not fuses_experts(converter) or not all(source.isidentifier() for source in sources):
@@ -165,7 +165,8 @@ def _with_prefix(target: str, prefix: str, slices: Mapping[str, Any]) -> str:
     return other if target not in slices and other in slices else target
 
 
-def _all_conversions(model: nn.Module) -> tuple[list[Any], list[Any]]:
+def model_conversions(model: nn.Module) -> tuple[list[Any], list[Any]]:
+    """Returns Transformers' renamings and converters between checkpoint and model."""
     from transformers import PreTrainedModel
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightRenaming
