@@ -92,6 +92,9 @@ class CalibConfig:
     )
     nsamples: int = option(128, "samples of calibration text", "--nsample")
     seqlen: int = option(2048, "tokens of a sample", "--seq_len")
+    calibrate_all_experts: bool = option(
+        False, "scales of each expert are searched on all tokens, also those routed to other experts"
+    )
 
     def __post_init__(self) -> None:
         problems = [

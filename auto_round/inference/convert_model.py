@@ -25,6 +25,7 @@ from auto_round.inference.layer import LayerSpec, QuantizedLinear
 from auto_round.inference.packing import DENSE
 from auto_round.inference.select import AUTO, hint, kernel_for, select_backends
 from auto_round.layouts import LAYOUTS
+from auto_round.models.experts import fused_experts
 
 logger = logging.getLogger(__name__)
 
@@ -162,7 +163,9 @@ def _check(model: nn.Module, specs: Sequence[LayerSpec], config: CheckpointConfi
             problems.setdefault("a weight that is tied to the embedding cannot be quantized", []).append(spec.name)
     for name in _fused_experts(model):
         if config.resolve(name) is not None:
-            problems.setdefault("quantized experts, which this model fuses, cannot be loaded yet", []).append(name)
+            problems.setdefault(
+                "quantized experts, which this model fuses in its own way, cannot be loaded", []
+            ).append(name)
     if problems:
         lines = [f"{reason} ({len(names)} modules, e.g. {names[0]})" for reason, names in problems.items()]
         raise UnsupportedError("this checkpoint cannot be loaded: " + "; ".join(lines))
@@ -175,8 +178,11 @@ def _check(model: nn.Module, specs: Sequence[LayerSpec], config: CheckpointConfi
 
 
 def _fused_experts(model: nn.Module) -> Iterator[str]:
-    """Yields modules that hold the weights of all experts in one three-dimensional parameter each."""
+    """Yields modules that hold the weights of all experts in one parameter each, in a way that is not known."""
+    known = fused_experts(model)
     for name, module in model.named_modules():
+        if name in known:
+            continue
         if name.rpartition(".")[2] == "experts" and any(p.ndim == 3 for p in module.parameters(recurse=False)):
             yield name
 

@@ -51,16 +51,17 @@ def load_experts_by_name(model: nn.Module) -> None:
     """Makes the next load of a model leave out the conversions that fuse experts."""
     from transformers import PreTrainedModel, conversion_mapping
 
+    replaced: dict[str, list[Any]] = {}
     for module in model.modules():
         if not isinstance(module, PreTrainedModel):
             continue
         for name in (type(module).__name__, module.config.model_type):
             entries = conversion_mapping.get_checkpoint_conversion_mapping(name)
             if entries is not None:
-                if any(not _is_renaming(entry) and fuses_experts(entry) for entry in entries):
-                    kept = [entry for entry in entries if _is_renaming(entry) or not fuses_experts(entry)]
-                    _ReadOnce(kept).replace(conversion_mapping._checkpoint_conversion_mapping_cache, name)
+                replaced[name] = [entry for entry in entries if _is_renaming(entry) or not fuses_experts(entry)]
                 break
+    for name, kept in replaced.items():
+        _ReadOnce(kept).replace(conversion_mapping._checkpoint_conversion_mapping_cache, name)
 
 
 def _is_renaming(entry: Any) -> bool:

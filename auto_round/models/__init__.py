@@ -1,6 +1,5 @@
 """Model families: block discovery by structure, one file here per family that needs more."""
 
-from auto_round.models import granitemoe  # noqa: F401
 from auto_round.models.base import FAMILIES, LinearInfo, ModelFamily, ModelStructure, discover
 
 __all__ = ["FAMILIES", "LinearInfo", "ModelFamily", "ModelStructure", "discover"]
