@@ -46,7 +46,10 @@ TINY = {
     "opt": ("OPT", {**COMMON, "ffn_dim": 128, "num_attention_heads": 4, "word_embed_proj_dim": 64, "dropout": 0.0}),
     "gpt2": ("GPT2", {"vocab_size": 96, "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 64}),
 }
-MLA = {"q_lora_rank": 32, "kv_lora_rank": 32, "qk_rope_head_dim": 32, "qk_nope_head_dim": 8, "v_head_dim": 16}
+MLA = {
+    "q_lora_rank": 32, "kv_lora_rank": 32, "qk_rope_head_dim": 32, "qk_nope_head_dim": 32, "v_head_dim": 32,
+    "num_key_value_heads": 4,
+}  # fmt: skip
 ROUTED = {"num_experts_per_tok": 2, "moe_intermediate_size": 32}
 SHARED_EXPERT = {"n_shared_experts": 1, "first_k_dense_replace": 1}
 # Mixtures of experts, all with four experts; a family joins the tests of tests/models/test_families.py by a line here.
