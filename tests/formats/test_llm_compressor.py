@@ -540,11 +540,10 @@ def test_experts_load_and_routers_stay(write):
         stem = f"model.layers.{index}.mlp.experts"
         for number in range(4):
             down = written.weights[f"{stem}.{number}.down_proj.weight"].dequantize()
-            torch.testing.assert_close(layer.mlp.experts.down_proj[number], down, rtol=2**-8, atol=0)
-            parts = [
-                written.weights[f"{stem}.{number}.{leaf}.weight"].dequantize() for leaf in ("gate_proj", "up_proj")
-            ]
-            torch.testing.assert_close(layer.mlp.experts.gate_up_proj[number], torch.cat(parts), rtol=2**-8, atol=0)
+            torch.testing.assert_close(layer.mlp.experts.down_proj[number].float(), down, rtol=2**-8, atol=0)
+            weights = [written.weights[f"{stem}.{number}.{leaf}.weight"] for leaf in ("gate_proj", "up_proj")]
+            wide = torch.cat([weight.dequantize() for weight in weights])
+            torch.testing.assert_close(layer.mlp.experts.gate_up_proj[number].float(), wide, rtol=2**-8, atol=0)
     original = AutoModelForCausalLM.from_pretrained(written.source, dtype=torch.float32)
     assert torch.equal(loaded.model.layers[0].mlp.gate.weight, original.model.layers[0].mlp.gate.weight)
 

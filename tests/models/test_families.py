@@ -19,7 +19,7 @@ from auto_round import AutoRound
 
 QWEN = ("model.layers.1.mlp.experts.3.", ("gate_proj", "up_proj", "down_proj"), "model.layers.1.mlp.gate")
 # Family -> where an expert lies, names of its projections, the router, as vLLM 0.32 maps them. Source, in its
-# model_executor/models/FAMILY.py: ckpt_names of FusedMoEFactory (gate_proj, down_proj, up_proj unless said otherwise) or
+# model_executor/models/FAMILY.py: ckpt_names of FusedMoEFactory (gate_proj, down_proj, up_proj by default), or
 # expert_params_mapping in load_weights, and the prefix of the router. It knows gpt_oss in fused form only.
 NAMES = {
     "qwen3_moe": QWEN,
