@@ -100,7 +100,7 @@ class AutoRound:
     @property
     def model(self) -> Any:
         """The model; on the meta device when it was given as a folder."""
-        return self.session.source.model
+        return self.session.source.original
 
     @property
     def tokenizer(self) -> Any:

@@ -42,6 +42,7 @@ from auto_round.channels import ChannelMeans
 from auto_round.checkpoint import WeightSource
 from auto_round.errors import CalibrationError, CheckpointError, UnsupportedError
 from auto_round.models.base import has_tied_head, head_name
+from auto_round.models.experts import LinearExperts
 
 InputQuantizer = Callable[[Tensor], Tensor]
 
@@ -57,6 +58,7 @@ class Block:
         tensors: full parameter and buffer names -> tensors in their stored precision; a forward pass converts those
             that are not replaced, so that no second copy of the weights stays while they are tuned.
         input_quantizers: full weight name -> what its layer's input passes through first; empty for 16 bits.
+        shows_all_experts: statistics see all tokens at each expert, also those that are routed to others.
     """
 
     names: tuple[str, ...]
@@ -66,6 +68,7 @@ class Block:
     device: torch.device
     dtype: torch.dtype
     input_quantizers: Mapping[str, InputQuantizer] = dataclasses.field(default_factory=dict)
+    shows_all_experts: bool = False
 
     @property
     def name(self) -> str:
@@ -117,6 +120,15 @@ class Block:
                     found[weight] = module.get_submodule(layer[len(dot) :])
         return found
 
+    def experts(self) -> dict[str, LinearExperts]:
+        """Returns the lists of experts in the block by full name."""
+        return {
+            f"{name}.{below}": child
+            for name, module in zip(self.names, self.modules, strict=True)
+            for below, child in module.named_modules()
+            if isinstance(child, LinearExperts)
+        }
+
     @contextlib.contextmanager
     def _quantized_inputs(self) -> Iterator[None]:
         """Puts the input quantizers before their layers for the time of one forward pass."""
@@ -147,6 +159,7 @@ class BlockStream:
         batch_size: samples of one forward pass.
         quantized_chain: keep the second chain; else blocks are tuned on original inputs.
         watched: weights outside the blocks whose input channels are measured; `channel_means` has them then.
+        shows_all_experts: as in `Block`.
     Raises:
         UnsupportedError: the model does not call its blocks, or calls them in a way that cannot be streamed.
     """
@@ -163,11 +176,13 @@ class BlockStream:
         batch_size: int,
         quantized_chain: bool,
         watched: Sequence[str] = (),
+        shows_all_experts: bool = False,
     ) -> None:
         self.source, self.groups, self.data = source, groups, data
         self.device, self.dtype, self.storage = device, dtype, storage
         self.batch_size, self.quantized_chain = batch_size, quantized_chain
         self.channel_means: dict[str, Tensor] = {}
+        self.shows_all_experts = shows_all_experts
         self._skeleton = self._load_skeleton()
         self._as_tuple = False
         try:
@@ -189,7 +204,7 @@ class BlockStream:
         modules = tuple(self.source.model.get_submodule(name) for name in names)
         tensors = {key: tensor.to(self.device) for key, tensor in stored.items()}
         calls = tuple(self._calls[name] for name in names)
-        return Block(names, modules, calls, tensors, self.device, self.dtype)
+        return Block(names, modules, calls, tensors, self.device, self.dtype, shows_all_experts=self.shows_all_experts)
 
     def batches(self) -> list[slice]:
         """Returns the samples of each forward pass; fixed, so that results do not depend on ranks or resuming."""

@@ -96,6 +96,9 @@ class CalibConfig:
     extra_data_dir: str | None = option(
         None, "folder of the pictures that a LLaVA-style --dataset names: DIR or image=DIR", kind=str
     )
+    calibrate_all_experts: bool = option(
+        False, "scales of each expert are searched on all tokens, also those routed to other experts"
+    )
 
     def __post_init__(self) -> None:
         problems = [

@@ -284,6 +284,7 @@ def _open_stream(session: Session, data: CalibrationSet, *, quantized_chain: boo
         batch_size=config.tune.batch_size,
         quantized_chain=quantized_chain,
         watched=[n for n, e in session.plan.outside().items() if e.layer.name != session.plan.structure.head],
+        shows_all_experts=config.calib.calibrate_all_experts,
     )
 
 
@@ -338,6 +339,7 @@ def _open_store(work: Path, session: Session, data: CalibrationSet | None) -> Ru
         "cache_scales": session.plan.has_cache_scales,
         "tune": dataclasses.asdict(session.config.tune) if data is not None else {"iters": 0, "disable_opt_rtn": True},
         "calibration": None if data is None else _data_identity(data),
+        "all_experts": session.config.calib.calibrate_all_experts,
         "world_size": distributed.world_size(),
     }
     if not distributed.is_writer():

@@ -25,8 +25,9 @@ SIXTEEN_BIT = QuantizationScheme(bits=16)
 SMALLEST_GROUP = 16
 KERNEL_MULTIPLE = 32  # inputs and outputs that GPTQ and AWQ kernels take a multiple of
 # Layers whose weights serving engines join into one matrix, so that their schemes must agree. Source: vLLM's and
-# SGLang's packed_modules_mapping for the Llama and Qwen families.
-FUSED_GROUPS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+# SGLang's packed_modules_mapping for the Llama and Qwen families; w1 and w3 are what Mixtral calls an expert's gate and
+# up projections.
+FUSED_GROUPS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("w1", "w3"))
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

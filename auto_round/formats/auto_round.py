@@ -98,6 +98,7 @@ class AutoRoundFormat:
             for entry in plan.entries
             if entry.layer.block is not None and (fields := differing_fields(entry.scheme, base))
         }
+        # Routers and experts that stay fused are no linear layers here, but engines make them ones.
         extra |= {name: {"bits": 16} for name in other_modules(plan)}
         extra |= head_entry(plan)
         return entries | ({"extra_config": extra} if extra else {})

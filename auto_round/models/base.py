@@ -6,12 +6,14 @@ Works on any torch module, real or on the meta device. Knows nothing of schemes 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 
 from torch import nn
 
 from auto_round.errors import UnsupportedError
 from auto_round.registry import Registry
+
+ROUTER = "router"
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -60,7 +62,13 @@ class ModelStructure:
 
 
 class ModelFamily:
-    """How to find blocks. The default goes by structure; a family overrides what structure does not tell."""
+    """How to find blocks. The default goes by structure; a family overrides what structure does not tell.
+
+    Attributes:
+        expert_names: of an expert's gate, up and down projections, where checkpoints fuse them and thus have no names.
+    """
+
+    expert_names: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
 
     def block_lists(self, model: nn.Module) -> list[str]:
         """Returns the names of the module lists that hold the decoder's layers.
@@ -108,8 +116,8 @@ def family_of(model: nn.Module) -> ModelFamily:
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Whether a module is a plain linear layer, or GPT-2's transposed one."""
-    return isinstance(module, nn.Linear) or is_transposed(module)
+    """Whether a module is a plain linear layer, or GPT-2's transposed one. Those that do more (routers) are not."""
+    return (isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward) or is_transposed(module)
 
 
 def is_transposed(module: nn.Module) -> bool:
@@ -137,7 +145,13 @@ def discover(model: nn.Module, block_names: list[str] | None = None) -> ModelStr
         blocks += [f"{name}.{index}" for index in range(len(modules[name]))]
     owner = {block: index for index, block in enumerate(blocks)}
     linears = tuple(
-        LinearInfo(name, _linear_shape(module), is_transposed(module), _block_of(name, owner), _why_kept(module))
+        LinearInfo(
+            name,
+            _linear_shape(module),
+            is_transposed(module),
+            _block_of(name, owner),
+            _why_kept(name, modules),
+        )
         for name, module in modules.items()
         if is_linear(module)
     )
@@ -145,13 +159,11 @@ def discover(model: nn.Module, block_names: list[str] | None = None) -> ModelStr
     return ModelStructure(tuple(blocks), linears, tuple(lists), head_name(model), has_tied_head(model), other)
 
 
-def _why_kept(module: nn.Module) -> str:
+def _why_kept(name: str, modules: Mapping[str, nn.Module]) -> str:
     # torch's own mark: nn.MultiheadAttention multiplies with the weight itself and never calls the layer.
-    reads_weight = isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear)
-    if reads_weight:
+    if isinstance(modules[name], nn.modules.linear.NonDynamicallyQuantizableLinear):
         return "its weight is used without the layer"
-    has_own_code = isinstance(module, nn.Linear) and type(module).forward is not nn.Linear.forward
-    return "more than a linear layer (a router)" if has_own_code else ""
+    return ROUTER if _is_router(name, modules) else ""
 
 
 def keep_joined(structure: ModelStructure, stored: Collection[str | None]) -> ModelStructure:
@@ -172,6 +184,17 @@ def keep_joined(structure: ModelStructure, stored: Collection[str | None]) -> Mo
 def _linear_shape(module: nn.Module) -> tuple[int, int]:
     rows, columns = module.weight.shape  # type: ignore[misc,union-attr]
     return (columns, rows) if is_transposed(module) else (rows, columns)
+
+
+def _is_router(name: str, modules: Mapping[str, nn.Module]) -> bool:
+    """Whether a module stands beside a list of experts and has no more outputs than there are experts.
+
+    That is a router, or the gate of a shared expert with its single output.
+    """
+    experts = modules.get(f"{name.rpartition('.')[0]}.experts")
+    count = len(experts) if isinstance(experts, nn.ModuleList) else 0
+    weight = getattr(modules[name], "weight", None)
+    return weight is not None and weight.ndim == 2 and weight.shape[0] <= count
 
 
 def _block_of(name: str, owner: dict[str, int]) -> int | None:
@@ -201,12 +224,14 @@ def has_tied_head(model: nn.Module) -> bool:
 
 
 def _other_weights(model: nn.Module, linear_parameters: set[str], owner: dict[str, int]) -> dict[str, str]:
-    reasons = {}
+    reasons, modules = {}, dict(model.named_modules())
     for name, parameter in model.named_parameters():
         if parameter.ndim < 2 or name in linear_parameters:
             continue
         inside = _block_of(name, owner) is not None
         reasons[name] = "not a linear layer" if inside else "embedding or other weight outside the blocks"
+        if _is_router(name.rpartition(".")[0], modules):
+            reasons[name] = ROUTER
         if parameter.ndim == 3 and inside:
-            reasons[name] = "fused experts are kept in 16 bits"
+            reasons[name] = "experts fused in a way that is not known are kept in 16 bits"
     return reasons
