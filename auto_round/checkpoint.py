@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from auto_round.conversion import FusedKey, conversions, map_keys, stored_keys, unfuse
-from auto_round.errors import CheckpointError, ConfigError, UnsupportedError
+from auto_round.errors import CheckpointError, ConfigError
 from auto_round.models.auto_class import auto_class
 from auto_round.shards import INDEX_NAME
 
