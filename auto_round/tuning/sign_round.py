@@ -27,7 +27,7 @@ from auto_round.data_types import DATA_TYPES
 from auto_round.data_types.base import DataType, Range
 from auto_round.memory import release_freed
 from auto_round.schemes import QuantizationScheme
-from auto_round.tensors import BlockResult, QuantizedTensor, to_groups
+from auto_round.tensors import ROW_FIELDS, BlockResult, QuantizedTensor, to_groups
 from auto_round.tuning.base import TuningTask
 from auto_round.tuning.capture import compiled_or_eager, repeat_on_device
 from auto_round.tuning.rtn import PlainRounding, SearchedRounding
@@ -344,11 +344,10 @@ def _reach(scheme: QuantizationScheme, config: TuneConfig) -> float:
 
 def _keep_where(condition: Tensor, now: QuantizedTensor, kept: QuantizedTensor, rows: slice) -> None:
     """Overwrites rows of `kept` with `now` where a scalar condition holds, without asking the device."""
-    pairs = [(now.codes, kept.codes), (now.scale, kept.scale)]
-    if now.zero_point is not None and kept.zero_point is not None:
-        pairs.append((now.zero_point, kept.zero_point))
-    for value, place in pairs:
-        torch.where(condition, value, place[rows], out=place[rows])
+    for field in ROW_FIELDS:
+        value, place = getattr(now, field), getattr(kept, field)
+        if value is not None:
+            torch.where(condition, value, place[rows], out=place[rows])
 
 
 def _keep_in_bounds(tuned: TunedWeight) -> None:
