@@ -25,6 +25,7 @@ from auto_round.data_types.activations import stored_peak
 from auto_round.device import compute_device, compute_dtype, repeatable_kernels
 from auto_round.errors import ConfigError
 from auto_round.formats import FormatTarget, export, verify
+from auto_round.formats.base import prescription
 from auto_round.formats.export import HEAD_BLOCK, checked_targets
 from auto_round.memory import release_freed
 from auto_round.models import discover
@@ -96,7 +97,9 @@ def open_session(config: RunConfig, *, tokenizer: Any = None) -> Session:
         source = ModuleSource(config.model)
     names = config.scheme.to_quant_block_names
     lists = [name.strip() for name in names.split(",")] if isinstance(names, str) else names
-    plan = resolve(discover(source.model, lists), config.scheme, nblocks=config.tune.nblocks)
+    structure = discover(source.model, lists)
+    prescribed = prescription(parse_formats(config.format), structure, source, tokenizer, config)
+    plan = resolve(structure, config.scheme, nblocks=config.tune.nblocks, prescription=prescribed)
     return Session(_clip_seqlen(config, source.model, tokenizer), source, tokenizer, plan)
 
 
@@ -145,7 +148,7 @@ def quantize(session: Session, work: Path) -> RunStore:
     for warning in plan.warnings:
         logger.warning("%s", warning)
     data = None
-    if config.tune.needs_calibration or plan.needs_calibration:
+    if plan.needs_calibration or (config.tune.needs_calibration and plan.quantized()):
         calib = config.calib
         data = load_calibration(
             calib.dataset, session.tokenizer, nsamples=calib.nsamples, seqlen=calib.seqlen, seed=config.tune.seed
@@ -322,7 +325,9 @@ def _round_outside(session: Session, store: RunStore, head_inputs: Tensor | None
         if head_inputs is None or not session.config.tune.needs_calibration:
             quantized = round_plain(weight, entry.scheme)
         else:
-            seen = importance.to(weight.device) if entry.layer.name == session.plan.structure.head else None
+            # What a format says of an embedding that serves as output layer too is said for that: there errors count.
+            is_head = entry.layer.name == session.plan.structure.head or session.plan.structure.tied_head
+            seen = importance.to(weight.device) if is_head else None
             quantized = round_searched(weight, entry.scheme, seen)
         activation = entry.scheme.activation
         if activation is not None and activation.needs_calibration:

@@ -18,7 +18,7 @@ from torch import Tensor
 from auto_round.checkpoint import WeightSource, copy_side_files
 from auto_round.config import MODEL_DTYPES, RunConfig, parse_size
 from auto_round.errors import ConfigError
-from auto_round.formats.base import EXPORTERS, Exporter, FormatTarget, check, copied_dtype, targets
+from auto_round.formats.base import EXPORTERS, Exporter, FileExporter, FormatTarget, check, copied_dtype, targets
 from auto_round.memory import release_freed
 from auto_round.plan import Plan
 from auto_round.shards import ShardWriter, clear_weights
@@ -49,6 +49,9 @@ def export(
     """
     check_not_source(folder, source)
     folder.mkdir(parents=True, exist_ok=True)
+    if isinstance(exporter, FileExporter):
+        exporter.write(folder, plan=plan, source=source, store=store, config=config, tokenizer=tokenizer)
+        return
     clear_weights(folder)
     asked = MODEL_DTYPES[config.model_dtype] if config.model_dtype else None
     writer = ShardWriter(folder, parse_size(config.max_shard_size))
@@ -178,7 +181,7 @@ def _write_configs(exporter: Exporter, folder: Path, plan: Plan, source: WeightS
         model_config = json.loads(source.model.config.to_json_string(use_diff=True))
         model_config.setdefault("architectures", [type(source.model).__name__])
         model_config["dtype"] = str(source.model.dtype).removeprefix("torch.")
-    if plan.outside() and plan.structure.tied_head:
+    if plan.structure.tied_head and f"{plan.structure.head}.weight" in plan.outside():
         for part in (model_config, model_config.get("text_config", {})):
             part["tie_word_embeddings"] = False
     if config.model_dtype is not None:
