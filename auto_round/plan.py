@@ -175,9 +175,7 @@ def _groups(structure: ModelStructure, nblocks: int) -> tuple[tuple[str, ...], .
     return tuple(structure.blocks[start : start + nblocks] for start in range(0, len(structure.blocks), nblocks))
 
 
-def _prescribed(
-    structure: ModelStructure, config: SchemeConfig, nblocks: int, prescription: Prescription
-) -> Plan:
+def _prescribed(structure: ModelStructure, config: SchemeConfig, nblocks: int, prescription: Prescription) -> Plan:
     layers = (*structure.linears, *prescription.more)
     overrides, problems = _resolve_patterns(layers, config)
     entries = []

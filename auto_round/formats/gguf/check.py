@@ -1,7 +1,7 @@
 """Reopens a GGUF file that was just written, with the `gguf` package's reader and decoders, and compares.
 
-Every tensor of the source must have come into the file, none may be there that nobody asked for, and a sample is decoded
-and compared value by value with what was quantized.
+Every tensor of the source must have come into the file, none may be there that nobody asked for, and a sample is
+decoded and compared value by value with what was quantized.
 """
 
 from __future__ import annotations

@@ -11,6 +11,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from auto_round.checkpoint import WeightSource
@@ -23,6 +24,8 @@ from auto_round.models.base import ModelStructure
 from auto_round.plan import Plan
 
 EMBEDDING, OUTPUT = "token_embd.weight", "output.weight"
+# Reason in the plan of a layer that is 16-bit there and quantized nevertheless.
+REARRANGED = "rearranged, rounded while it is written"
 FLOAT_NAMES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "float64": "F32"}
 
 
@@ -117,9 +120,7 @@ def family_for(source: WeightSource) -> tuple[GgufFamily, Config]:
     kind = config.get("model_type")
     if kind not in GGUF_FAMILIES:
         known = dict.fromkeys(f"{family.title} ({name})" for name, family in GGUF_FAMILIES.items())
-        raise UnsupportedError(
-            f"gguf: the architecture {kind} is not known. Known: {', '.join(known)}. {OTHER_WAY}"
-        )
+        raise UnsupportedError(f"gguf: the architecture {kind} is not known. Known: {', '.join(known)}. {OTHER_WAY}")
     family = GGUF_FAMILIES[kind]
     objection = family.objection(config) or _rope_objection(config, family)
     if objection is not None:
@@ -182,21 +183,22 @@ def types_of(contents: Contents, mix: str, plan: Plan, model_dtype: str | None) 
     planned = {entry.layer.parameter: entry for entry in plan.entries}
     size, found = contents.size, {}
     for tensor in contents.tensors:
-        entry = planned.get(tensor.parameter or "")
+        entry = next((planned[part.parameter] for part in tensor.parts if part.parameter in planned), None)
         if tensor.is_kept:
             found[tensor.name] = "F32"
         elif entry is not None and entry.scheme.is_quantized:
             found[tensor.name] = block_type_of(entry.scheme)
         else:
             wanted = tensor_type(tensor.name, tensor.shape[-1], mix, size)
-            stays = entry is not None and wanted not in FLOAT_TYPES
+            stays = entry is not None and entry.reason != REARRANGED and wanted not in FLOAT_TYPES
             found[tensor.name] = FLOAT_NAMES[model_dtype or tensor.stored] if stays else wanted
     return found
 
 
 def _joined(name: str, parts: list[Part], source: WeightSource) -> FileTensor:
     """Returns the tensor that some stored ones make up: one as it is, or experts one above the other."""
-    first = source.read(parts[0].key)
+    stored = source.read(parts[0].key)
+    first = torch.empty(stored.shape, dtype=stored.dtype, device="meta")  # to know the shape, nothing need be moved
     change = parts[0].place.change
     shape = tuple((first if change is None else change(first)).shape)
     if parts[0].place.expert is None:

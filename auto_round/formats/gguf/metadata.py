@@ -31,7 +31,9 @@ def metadata_of(contents: Contents, mix: str, name: str, vocabulary: Mapping[str
 def size_label(contents: Contents) -> str:
     """Returns the number of parameters in words: "494M", or "8x7B" for experts."""
     sizes = {tensor.name: math.prod(tensor.shape) for tensor in contents.tensors}
-    of_experts = {tensor.name: len(tensor.parts) or tensor.shape[0] for tensor in contents.tensors if _is_expert(tensor)}
+    of_experts = {
+        tensor.name: len(tensor.parts) or tensor.shape[0] for tensor in contents.tensors if _is_expert(tensor)
+    }
     counts = {t.shape[0] for t in contents.tensors if _is_expert(t)}
     experts = max(counts, default=0)
     each = sum(sizes[name] for name in of_experts) // max(experts, 1)

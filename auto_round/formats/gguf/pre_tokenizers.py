@@ -1,8 +1,8 @@
 """Which of llama.cpp's pre-tokenizers splits text as a tokenizer.json says.
 
 llama.cpp has its own code for each way of splitting and knows them by name. The name is found from the rules
-themselves, so that a vocabulary trained anew with known rules is recognized too. Source: llm_tokenizer_bpe and the names
-below it in llama.cpp's src/llama-vocab.cpp.
+themselves, so that a vocabulary trained anew with known rules is recognized too. Source: llm_tokenizer_bpe and the
+names below it in llama.cpp's src/llama-vocab.cpp.
 """
 
 from __future__ import annotations
@@ -21,15 +21,13 @@ _WORD = r"[^\r\n\p{L}\p{N}]?"
 LLAMA3 = _CONTRACTIONS + rf"|{_WORD}\p{{L}}+|\p{{N}}{{1,3}}" + _REST
 QWEN2 = _CONTRACTIONS + rf"|{_WORD}\p{{L}}+|\p{{N}}" + _REST
 QWEN35 = _CONTRACTIONS + rf"|{_WORD}[\p{{L}}\p{{M}}]+|\p{{N}}" + _REST.replace(r"\p{L}", r"\p{L}\p{M}")
-O200K = (
-    f"{_WORD}{_UPPER}*{_LOWER}+{_CONTRACTIONS}?|{_WORD}{_UPPER}+{_LOWER}*{_CONTRACTIONS}?" + r"|\p{N}{1,3}" + _LINES
-)
+O200K = f"{_WORD}{_UPPER}*{_LOWER}+{_CONTRACTIONS}?|{_WORD}{_UPPER}+{_LOWER}*{_CONTRACTIONS}?" + r"|\p{N}{1,3}" + _LINES
 TEKKEN = f"{_WORD}{_UPPER}*{_LOWER}+|{_WORD}{_UPPER}+{_LOWER}*" + r"|\p{N}" + _LINES
 DEEPSEEK3 = (
     r"[!\"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+"
     r"| ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 ).replace('\\"', '"')
-CHINESE_JAPANESE = "[一-龥\u3040-ゟ゠-ヿ]+"
+CHINESE_JAPANESE = "[\u4e00-\u9fa5\u3040-\u309f\u30a0-\u30ff]+"
 GPT2, DIGITS = "<GPT-2's pattern>", "<single digits>"
 
 
@@ -47,8 +45,8 @@ def pre_tokenizer_name(tokenizer: Mapping[str, Any], *, cleans_spaces: bool, pre
     names = _names(rules, bool(tokenizer["model"].get("ignore_merges")), cleans_spaces)
     if not names:
         raise UnsupportedError(
-            f"gguf: llama.cpp has no pre-tokenizer with the rules of this tokenizer.json: {' then '.join(rules) or 'none'}. "
-            "Use --format auto_round, which keeps the tokenizer as it is"
+            "gguf: llama.cpp has no pre-tokenizer with the rules of this tokenizer.json: "
+            f"{' then '.join(rules) or 'none'}. Use --format auto_round, which keeps the tokenizer as it is"
         )
     return preferred if preferred in names else names[0]
 

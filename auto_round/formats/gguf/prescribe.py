@@ -1,4 +1,4 @@
-"""What a GGUF mixture makes of each weight, as schemes for the plan. Everything that speaks against it is found here."""
+"""What a GGUF mixture makes of each weight, as schemes for the plan. What speaks against it is found here."""
 
 from __future__ import annotations
 
@@ -10,8 +10,7 @@ from typing import Any
 from auto_round.checkpoint import WeightSource
 from auto_round.config import RunConfig, SchemeConfig
 from auto_round.errors import ConfigError
-from auto_round.formats.gguf.contents import EMBEDDING, OUTPUT, Contents, FileTensor, contents_of
-from auto_round.formats.gguf.families import GgufFamily
+from auto_round.formats.gguf.contents import EMBEDDING, REARRANGED, Contents, FileTensor, contents_of
 from auto_round.formats.gguf.mixes import FLOAT_TYPES, MIXES, fitting_type, tensor_type
 from auto_round.formats.gguf.vocabulary import saved_tokenizer, vocabulary_of
 from auto_round.layouts.gguf_blocks import block_type_of
@@ -80,7 +79,7 @@ def _scheme(
 ) -> tuple[QuantizationScheme, str]:
     if tensor is None:
         shared = layer.block is None
-        return SIXTEEN_BIT, "shares the embedding's tensor" if shared else "rearranged, rounded while it is written"
+        return SIXTEEN_BIT, "shares the embedding's tensor" if shared else REARRANGED
     if tensor.is_kept:
         return SIXTEEN_BIT, "llama.cpp keeps it"
     size = contents.size
@@ -91,9 +90,7 @@ def _scheme(
     return scheme_of(block_type), reason
 
 
-def _override(
-    layer: LinearInfo, tensor: FileTensor | None, mix: str, fields: Mapping[str, Any]
-) -> QuantizationScheme:
+def _override(layer: LinearInfo, tensor: FileTensor | None, mix: str, fields: Mapping[str, Any]) -> QuantizationScheme:
     """Returns the scheme that a layer_config asks for.
 
     Raises:
@@ -130,6 +127,3 @@ def _contradictions(mix: str, config: SchemeConfig) -> Iterator[str]:
             yield f"{field.name}={value} contradicts --format {name} ({field.name}={own}). Leave it out"
     if config.static_kv_dtype is not None:
         yield f"static_kv_dtype={config.static_kv_dtype}: {name} has no scales of a cache. Leave it out"
-
-
-__all__ = ["OUTPUT", "prescribe", "read_vocabulary", "scheme_of"]

@@ -23,6 +23,9 @@ from auto_round.formats.gguf.pre_tokenizers import pre_tokenizer_name
 # Kinds of tokens in GGUF files.
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 PIECE, UNUSED_SCORE, ADDED_SCORE = "▁", -10000.0, -1000.0
+# Qwen's and others' marks of code infilling are control tokens though their files do not say so. DeepSeek's are written
+# with a wide bar.
+CONTROL_MARK = r"<[|\uff5c].*[|\uff5c]>"
 OTHER_WAY = "Use --format auto_round, which keeps the tokenizer as it is"
 
 
@@ -112,7 +115,10 @@ def _sentence_pieces(tokens: _Tokens, tokenizer: Mapping[str, Any]) -> dict[str,
     found: dict[str, Value] = {"model": "llama", "pre": "default", "tokens": tokens.texts}
     found |= {"scores": tokens.scores, "token_type": tokens.kinds}
     before = tokenizer.get("pre_tokenizer") or {}
-    prepends = "Prepend" in json.dumps(tokenizer.get("normalizer")) or before.get("prepend_scheme") in ("first", "always")
+    prepends = "Prepend" in json.dumps(tokenizer.get("normalizer")) or before.get("prepend_scheme") in (
+        "first",
+        "always",
+    )
     if tokenizer and not prepends:
         found["add_space_prefix"] = False
     return found
@@ -153,10 +159,11 @@ def _add_special(tokens: _Tokens, tokenizer: Mapping[str, Any]) -> None:
         index, text = added["id"], added["content"]
         if index >= len(tokens.texts) or (tokens.texts[index] == text and tokens.kinds[index] in (UNKNOWN, CONTROL)):
             continue
-        # Qwen's and others' marks of code infilling are control tokens though their files do not say so.
-        is_control = added.get("special") or re.fullmatch(r"<\|.*\|>|<｜.*｜>", text)
+        is_control = added.get("special") or re.fullmatch(CONTROL_MARK, text)
         score = tokens.scores[index] if tokens.texts[index] == text else ADDED_SCORE
-        tokens.put(index, text if is_control else text.replace(PIECE, " "), score, CONTROL if is_control else USER_DEFINED)
+        tokens.put(
+            index, text if is_control else text.replace(PIECE, " "), score, CONTROL if is_control else USER_DEFINED
+        )
 
 
 def _special(folder: Path, tokenizer: Mapping[str, Any], size: int) -> dict[str, Value]:

@@ -18,6 +18,7 @@ from torch import Tensor
 from auto_round.checkpoint import WeightSource
 from auto_round.config import MODEL_DTYPES, RunConfig, parse_size
 from auto_round.data_types import DATA_TYPES
+from auto_round.formats.export import HEAD_BLOCK
 from auto_round.formats.gguf.contents import Contents, FileTensor, contents_of, gguf_package, types_of
 from auto_round.formats.gguf.families.base import Value
 from auto_round.formats.gguf.metadata import file_stem, metadata_of, model_name
@@ -93,7 +94,7 @@ class StoredWeights:
     def __init__(self, plan: Plan, store: RunStore) -> None:
         self.store = store
         self.blocks = {name: group[0] for group in plan.groups for name in plan.in_group(group)}
-        self.blocks |= dict.fromkeys(plan.outside(), "outside_blocks")
+        self.blocks |= dict.fromkeys(plan.outside(), HEAD_BLOCK)
         self.groups = [(tuple(f"{name}." for name in group), group[0]) for group in plan.groups]
         self._loaded: tuple[str, Mapping[str, QuantizedTensor], Mapping[str, Tensor]] = ("", {}, {})
 
@@ -165,7 +166,9 @@ def _add_value(writer: Any, key: str, value: Value) -> None:
         writer.add_array(key, value)
 
 
-def contents_and_types(mix: str, plan: Plan, source: WeightSource, config: RunConfig) -> tuple[Contents, dict[str, str]]:
+def contents_and_types(
+    mix: str, plan: Plan, source: WeightSource, config: RunConfig
+) -> tuple[Contents, dict[str, str]]:
     """Returns what a file has to hold: its tensors and the type of each."""
     contents = contents_of(source, plan.structure)
     return contents, types_of(contents, mix, plan, MODEL_DTYPES.get(config.model_dtype or ""))

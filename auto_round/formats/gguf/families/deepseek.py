@@ -56,7 +56,8 @@ def place_latent(key: str, config: Config, names: Names) -> list[Place]:
         sizes = (config["qk_nope_head_dim"], config["v_head_dim"])
         split = functools.partial(_per_head, heads=config["num_attention_heads"], sizes=sizes)
         keys, values = (names(key.replace("kv_b_proj", one)) for one in ("k_b_proj", "v_b_proj"))
-        assert keys is not None and values is not None, key
+        assert keys is not None, key
+        assert values is not None, key
         return [
             Place(keys, change=lambda tensor: split(tensor)[0].transpose(1, 2).contiguous()),
             Place(values, change=lambda tensor: split(tensor)[1].contiguous()),

@@ -46,10 +46,6 @@ GGUF_FAMILIES.register("starcoder2")(
 )
 GGUF_FAMILIES.register("olmo2")(GgufFamily(title="OLMo2", arch="olmo2"))
 GGUF_FAMILIES.register("granite")(
-    GgufFamily(
-        title="Granite", arch="granite", metadata=granite_metadata, place=place_rotated, tensors=llama3_factors
-    )
+    GgufFamily(title="Granite", arch="granite", metadata=granite_metadata, place=place_rotated, tensors=llama3_factors)
 )
-GGUF_FAMILIES.register("glm4")(
-    GgufFamily(title="GLM-4", arch="glm4", metadata=glm4_metadata, pre_tokenizer="glm4")
-)
+GGUF_FAMILIES.register("glm4")(GgufFamily(title="GLM-4", arch="glm4", metadata=glm4_metadata, pre_tokenizer="glm4"))
