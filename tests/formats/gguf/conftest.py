@@ -25,7 +25,7 @@ from auto_round.tensors import QuantizedTensor
 
 SPECIAL = ("<unk>", "<s>", "</s>")
 WORDS = ("th", "he", "in", "er", "an", "re", "on", "at", "the", "ing")
-VOCABULARY = 288
+VOCABULARY = 320
 COMMON = {
     "vocab_size": VOCABULARY,
     "hidden_size": 256,
