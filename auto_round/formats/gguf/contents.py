@@ -119,8 +119,11 @@ def family_for(source: WeightSource) -> tuple[GgufFamily, Config]:
     config = source.model.config.get_text_config().to_dict()  # type: ignore[union-attr,operator]
     kind = config.get("model_type")
     if kind not in GGUF_FAMILIES:
-        known = dict.fromkeys(f"{family.title} ({name})" for name, family in GGUF_FAMILIES.items())
-        raise UnsupportedError(f"gguf: the architecture {kind} is not known. Known: {', '.join(known)}. {OTHER_WAY}")
+        known: dict[str, list[str]] = {}
+        for name, one in GGUF_FAMILIES.items():
+            known.setdefault(one.title, []).append(name)
+        listed = "; ".join(f"{title} ({', '.join(names)})" for title, names in known.items())
+        raise UnsupportedError(f"gguf: the architecture {kind} is not known. Known: {listed}. {OTHER_WAY}")
     family = GGUF_FAMILIES[kind]
     objection = family.objection(config) or _rope_objection(config, family)
     if objection is not None:

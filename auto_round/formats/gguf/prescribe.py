@@ -39,7 +39,8 @@ def prescribe(
         raise ConfigError("\n".join(problems))
     contents = contents_of(source, structure)
     read_vocabulary(source, tokenizer, contents)
-    by_parameter = {tensor.parameter: tensor for tensor in contents.tensors if tensor.parameter}
+    whole = [tensor for tensor in contents.tensors if tensor.parameter or tensor.is_kept]
+    by_parameter = {part.parameter: tensor for tensor in whole for part in tensor.parts if part.parameter}
     embedding = [_as_layer(tensor) for tensor in contents.tensors if tensor.name == EMBEDDING]
     layers = (*structure.linears, *embedding)
     schemes = {layer.name: _scheme(layer, by_parameter.get(layer.parameter), mix, contents) for layer in layers}

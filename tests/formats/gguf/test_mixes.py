@@ -58,7 +58,9 @@ def test_a_70b_model_gets_better_values():
     assert set(types("attn_v", "q4_k_m", **changes)) == {"5", "6"}
 
 
-@pytest.mark.parametrize(("mix", "expected"), [("q4_k_m", "Q6_K"), ("q2_k", "Q6_K"), ("q4_0", "Q6_K"), ("q8_0", "Q8_0")])
+@pytest.mark.parametrize(
+    ("mix", "expected"), [("q4_k_m", "Q6_K"), ("q2_k", "Q6_K"), ("q4_0", "Q6_K"), ("q8_0", "Q8_0")]
+)
 def test_the_output_layer_takes_more_bits_and_the_embedding_where_it_serves_as_one(mix, expected):
     assert tensor_type("output.weight", 512, mix, SMALL) == expected
     tied = dataclasses.replace(SMALL, has_output=False)
