@@ -35,4 +35,4 @@ def test_rows_of_queries_and_keys_lie_as_llama_cpp_has_them(shared, tmp_path):
     for tensor in gguf.GGUFReader(file).tensors:
         mine = gguf.dequantize(ours[tensor.name].data, ours[tensor.name].tensor_type)
         theirs = gguf.dequantize(tensor.data, tensor.tensor_type)
-        assert abs(mine - theirs).mean() <= 0.1 * abs(mine).mean(), tensor.name
+        assert abs(mine - theirs).mean() <= 0.2 * abs(mine).mean(), tensor.name
