@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from auto_round.data_types.affine_search import search_affine
 from auto_round.data_types.base import DATA_TYPES, MIN_SCALE, Params, Range, RoundingState, cast_ste, round_ste
 from auto_round.schemes import QuantizationScheme
 from auto_round.tensors import QuantizedTensor, from_groups, to_groups
@@ -52,7 +53,7 @@ class IntFloatMinimumDataType:
         tensor_peak: Tensor | None = None,  # noqa: ARG002
     ) -> Range:
         """Returns the scale and minimum of least weighted squared error."""
-        return self.minmax_range(weight_OI, scheme)
+        return search_affine(weight_OI, scheme, importance)
 
     def trainable(self, weight_OI: Tensor, scheme: QuantizationScheme) -> dict[str, Tensor]:
         """Returns rounding (O, G, K) zeros, max_scale and min_scale (O, G, 1) ones, float32."""

@@ -63,13 +63,13 @@ class SuperBlockDataType:
         grouped = to_groups(weight_OI.float(), scheme.group_size)
         low, high = grouped.amin(-1, keepdim=True).clamp(max=0), grouped.amax(-1, keepdim=True).clamp(min=0)
         if scheme.sym:
-            scale = torch.where(high < -low, low, high) / grid.lowest
+            scale = torch.where(high < -low, low, high) / grid.bounds[0]
         else:
-            scale = high / grid.highest - low / grid.highest  # each by itself: their difference may be infinite
-        super_scale = grid.covering_unit(scale, scheme)
+            scale = high / grid.bounds[1] - low / grid.bounds[1]  # each by itself: their difference may be infinite
+        super_scale = grid.covering_unit(scale)
         range_ = {"scale_codes": grid.codes_for(scale, super_scale), "super_scale": super_scale}
         if not scheme.sym:
-            range_["super_offset"] = grid.covering_unit(-low, scheme)
+            range_["super_offset"] = grid.covering_unit(-low)
             range_["minimum_codes"] = grid.codes_for(-low, range_["super_offset"])
         return range_
 
@@ -84,7 +84,7 @@ class SuperBlockDataType:
 
         Without importance weights count as in llama.cpp, larger ones more (`superblock_search.default_weights`).
         """
-        return search_superblocks(weight_OI, scheme, importance, self.minmax_range(weight_OI, scheme))
+        return search_superblocks(weight_OI, scheme, importance)
 
     def trainable(self, weight_OI: Tensor, scheme: QuantizationScheme) -> dict[str, Tensor]:
         """Returns rounding (O, G, K) zeros and max_scale (and min_scale when asymmetric) (O, G, 1) ones, float32."""
@@ -99,7 +99,7 @@ class SuperBlockDataType:
         grid = grid_of(scheme)
         scale, minimum = _scale_and_minimum(grid, range_, params)
         latent = _latent(weight_OI, scheme, scale, minimum) + params["rounding"]
-        levels = torch.clamp(round_ste(latent), grid.lowest, grid.highest)
+        levels = torch.clamp(round_ste(latent), *grid.bounds)
         fake = scale * levels if minimum is None else scale * levels - minimum
         return from_groups(fake, weight_OI.shape[1])
 
@@ -112,7 +112,7 @@ class SuperBlockDataType:
         scale, minimum = _scale_and_minimum(grid, range_, params)
         latent = _latent(weight_OI, scheme, scale, minimum) + params["rounding"]
         nearest = latent.round()
-        return RoundingState(scale, latent - nearest, (nearest >= grid.lowest) & (nearest <= grid.highest))
+        return RoundingState(scale, latent - nearest, nearest == nearest.clamp(*grid.bounds))
 
     @torch.no_grad()
     def encode(self, weight_OI: Tensor, scheme: QuantizationScheme, range_: Range, params: Params) -> QuantizedTensor:
@@ -120,7 +120,7 @@ class SuperBlockDataType:
         grid = grid_of(scheme)
         scale, minimum = _scale_and_minimum(grid, range_, params)
         latent = _latent(weight_OI, scheme, scale, minimum) + params["rounding"]
-        codes = (latent.round().clamp(grid.lowest, grid.highest) - grid.lowest).to(torch.uint8)
+        codes = (latent.round().clamp(*grid.bounds) - grid.bounds[0]).to(torch.uint8)
         return QuantizedTensor(
             codes=from_groups(codes, weight_OI.shape[1]).contiguous(),
             scale=scale.squeeze(-1),
