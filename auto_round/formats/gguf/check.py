@@ -15,7 +15,7 @@ from torch import Tensor
 
 from auto_round.checkpoint import WeightSource
 from auto_round.config import RunConfig
-from auto_round.formats.gguf.contents import Contents, FileTensor, gguf_package
+from auto_round.formats.gguf.contents import Contents, FileTensor, Part, gguf_package
 from auto_round.formats.gguf.metadata import file_stem, model_name
 from auto_round.formats.gguf.mixes import FLOAT_TYPES
 from auto_round.formats.gguf.writer import StoredWeights, contents_and_types
@@ -104,29 +104,23 @@ def _same(tensor: FileTensor, found: Any, source: WeightSource, stored: StoredWe
     decoded = torch.from_numpy(values.copy()).reshape(tensor.shape)
     if not bool(decoded.isfinite().all()):
         return False
-    weight = stored.weight(tensor.parameter)
-    if weight is not None:
-        order = tensor.parts[0].place.order
-        dense = weight.dequantize()
-        return torch.equal(dense if order is None else order(dense), decoded)
-    wanted = _original(tensor, source, stored)
-    if found.tensor_type.name in FLOAT_TYPES:
-        return torch.equal(wanted.to(_dtype(found.tensor_type.name)).float(), decoded)
-    return bool((wanted - decoded).abs().max() <= ROUNDED * wanted.abs().max())
-
-
-def _original(tensor: FileTensor, source: WeightSource, stored: StoredWeights) -> Tensor:
-    """Returns what the file has to hold of the source, in float32."""
     if tensor.constant is not None:
-        return tensor.constant
-    pieces = []
-    for part in tensor.parts:
-        values = stored.tuned(part.parameter)
-        values = source.read(part.key) if values is None else values
-        for change in (part.place.order, part.place.change):
-            values = values if change is None else change(values)
-        pieces.append(values.detach().float())
-    return torch.stack(pieces) if len(pieces) > 1 else pieces[0].reshape(tensor.shape)
+        return torch.equal(tensor.constant, decoded)
+    slices = decoded if tensor.parts[0].place.expert is not None else decoded[None]
+    return all(
+        _same_part(*pair, found.tensor_type.name, source, stored) for pair in zip(tensor.parts, slices, strict=True)
+    )
+
+
+def _same_part(part: Part, decoded: Tensor, kind: str, source: WeightSource, stored: StoredWeights) -> bool:
+    weight = stored.weight(part.parameter)
+    if weight is not None:
+        dense, order = weight.dequantize(), part.place.order
+        return torch.equal(dense if order is None else order(dense), decoded)
+    wanted = stored.original(part, source).float().reshape(decoded.shape)
+    if kind in FLOAT_TYPES:
+        return torch.equal(wanted.to(_dtype(kind)).float(), decoded)
+    return bool((wanted - decoded).abs().max() <= ROUNDED * wanted.abs().max())
 
 
 def _dtype(kind: str) -> torch.dtype:

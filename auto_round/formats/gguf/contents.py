@@ -63,10 +63,10 @@ class FileTensor:
     constant: Tensor | None = None
 
     @property
-    def parameter(self) -> str | None:
-        """Name of the one parameter that it holds as a whole, rows reordered or not, else None."""
-        only = self.parts[0] if len(self.parts) == 1 else None
-        return None if only is None or only.place.change is not None else only.parameter
+    def parameters(self) -> tuple[str, ...]:
+        """Names of the parameters that it holds as they are, rows reordered or not: one, or one for each expert."""
+        names = tuple(part.parameter for part in self.parts if part.parameter and part.place.change is None)
+        return names if len(names) == len(self.parts) else ()
 
     @property
     def is_kept(self) -> bool:
@@ -186,6 +186,7 @@ def types_of(contents: Contents, mix: str, plan: Plan, model_dtype: str | None) 
     planned = {entry.layer.parameter: entry for entry in plan.entries}
     size, found = contents.size, {}
     for tensor in contents.tensors:
+        # Experts that lie in one tensor have one scheme: a plan in which they differ was refused.
         entry = next((planned[part.parameter] for part in tensor.parts if part.parameter in planned), None)
         if tensor.is_kept:
             found[tensor.name] = "F32"

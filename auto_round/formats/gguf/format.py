@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +80,10 @@ class GgufFormat:
                 f"decides by itself what each weight becomes, and this run was planned without it. Give --format "
                 f"{self.name} from the start (format='{self.name}' to AutoRound)"
             ]
-        found = refusals(self, plan)
+        found = refusals(self, plan) + [
+            f"stores the experts of a layer in one tensor of one type, but {name} differ. Name them all in layer_config"
+            for name in _mixed_experts(plan)
+        ]
         return found + ([NO_CACHE_SCALES] if plan.has_cache_scales and NO_CACHE_SCALES not in found else [])
 
     def warnings(self, plan: Plan) -> list[str]:  # noqa: ARG002
@@ -107,6 +111,15 @@ class GgufFormat:
     ) -> tuple[list[str], str]:
         """Reopens the file and compares it with what was quantized."""
         return check_gguf(folder, self.mix, plan=plan, source=source, store=store, config=config)
+
+
+def _mixed_experts(plan: Plan) -> list[str]:
+    """Returns the names, without a number, of experts' layers that have several schemes."""
+    schemes: dict[str, set[QuantizationScheme]] = {}
+    for entry in plan.entries:
+        name = re.sub(r"\.experts\.\d+\.", ".experts.*.", entry.layer.name)
+        schemes.setdefault(name, set()).add(entry.scheme)
+    return [name for name, found in schemes.items() if len(found) > 1]
 
 
 for _mix in MIXES:

@@ -39,7 +39,7 @@ def prescribe(
         raise ConfigError("\n".join(problems))
     contents = contents_of(source, structure)
     read_vocabulary(source, tokenizer, contents)
-    whole = [tensor for tensor in contents.tensors if tensor.parameter or tensor.is_kept]
+    whole = [tensor for tensor in contents.tensors if tensor.parameters or tensor.is_kept]
     by_parameter = {part.parameter: tensor for tensor in whole for part in tensor.parts if part.parameter}
     embedding = [_as_layer(tensor) for tensor in contents.tensors if tensor.name == EMBEDDING]
     layers = (*structure.linears, *embedding)
@@ -70,9 +70,9 @@ def _vocabulary_size(contents: Contents) -> int:
 
 
 def _as_layer(tensor: FileTensor) -> LinearInfo:
-    assert tensor.parameter is not None
     rows, width = tensor.shape
-    return LinearInfo(tensor.parameter.removesuffix(".weight"), (rows, width), transposed=False, block=None)
+    (name,) = tensor.parameters
+    return LinearInfo(name.removesuffix(".weight"), (rows, width), transposed=False, block=None)
 
 
 def _scheme(

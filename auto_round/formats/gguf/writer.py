@@ -19,7 +19,7 @@ from auto_round.checkpoint import WeightSource
 from auto_round.config import MODEL_DTYPES, RunConfig, parse_size
 from auto_round.data_types import DATA_TYPES
 from auto_round.formats.export import HEAD_BLOCK
-from auto_round.formats.gguf.contents import Contents, FileTensor, contents_of, gguf_package, types_of
+from auto_round.formats.gguf.contents import Contents, FileTensor, Part, contents_of, gguf_package, types_of
 from auto_round.formats.gguf.families.base import Value
 from auto_round.formats.gguf.metadata import file_stem, metadata_of, model_name
 from auto_round.formats.gguf.mixes import FLOAT_TYPES, block_size
@@ -110,6 +110,14 @@ class StoredWeights:
                 return self._load(block)[2].get(parameter)
         return None
 
+    def original(self, part: Part, source: WeightSource) -> Tensor:
+        """Returns what goes into the file for a part that the plan does not quantize, tuned or as in the source."""
+        values = self.tuned(part.parameter)
+        values = source.read(part.key) if values is None else values
+        for change in (part.place.order, part.place.change):
+            values = values if change is None else change(values)
+        return values.detach()
+
     def _load(self, block: str) -> tuple[str, Mapping[str, QuantizedTensor], Mapping[str, Tensor]]:
         if self._loaded[0] != block:
             result = self.store.load(block)
@@ -121,26 +129,23 @@ def tensor_bytes(tensor: FileTensor, kind: str, source: WeightSource, stored: St
     """Returns the bytes of one tensor of the file, flat uint8."""
     if tensor.constant is not None:
         return float_bytes(tensor.constant, kind).reshape(-1)
-    weight = stored.weight(tensor.parameter)
-    if weight is not None:
-        packed = LAYOUTS[f"gguf_{kind.lower()}"].pack(weight)["blocks"]
-        order = tensor.parts[0].place.order
-        return (packed if order is None else order(packed)).contiguous().reshape(-1)
     pieces = []
     for part in tensor.parts:
-        values = stored.tuned(part.parameter)
-        values = source.read(part.key) if values is None else values
-        for change in (part.place.order, part.place.change):
-            values = values if change is None else change(values)
-        pieces.append(_encoded(values, kind))
+        weight = stored.weight(part.parameter)
+        if weight is None:
+            pieces.append(_encoded(stored.original(part, source), kind))
+            continue
+        packed = LAYOUTS[f"gguf_{kind.lower()}"].pack(weight)["blocks"]
+        order = part.place.order
+        pieces.append((packed if order is None else order(packed)).reshape(-1))
     return torch.cat(pieces)
 
 
 def _encoded(values: Tensor, kind: str) -> Tensor:
     """Returns the bytes of values, rounded to nearest, for block types with scales searched for the least error."""
     if kind in FLOAT_TYPES:
-        return float_bytes(values.detach(), kind).reshape(-1)
-    rows = values.detach().reshape(-1, values.shape[-1])
+        return float_bytes(values, kind).reshape(-1)
+    rows = values.reshape(-1, values.shape[-1])
     layout, scheme = LAYOUTS[f"gguf_{kind.lower()}"], scheme_of(kind)
     data_type = DATA_TYPES[scheme.data_type]
     packed = []

@@ -194,7 +194,7 @@ def test_a_damaged_file_does_not_pass(save_model, tmp_path, monkeypatch):
 
     monkeypatch.setattr(writer, "tensor_bytes", damaged)
     options = {"format": "gguf:q8_0", "iters": 0, "disable_opt_rtn": True, "device": "cpu"}
-    with pytest.raises(VerificationError, match="do not read back.*token_embd.weight"):
+    with pytest.raises(VerificationError, match=r"do not read back.*token_embd\.weight"):
         AutoRound(str(save_model()), **options).quantize_and_save(tmp_path / "out", format="gguf:q8_0")
 
 
