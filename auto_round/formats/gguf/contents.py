@@ -164,7 +164,9 @@ def contents_of(source: WeightSource, structure: ModelStructure) -> Contents:
         if key in ignored or key in twins:
             dropped[key] = "no part of the model" if key in ignored else "tied"
             continue
-        places = family.place(_within_text_model(parameter or key), config, names)
+        # Experts have the checkpoint's names in the table where Transformers' differ.
+        names_of_it = [_within_text_model(name) for name in (parameter, key) if name]
+        places = next((found for name in names_of_it if (found := family.place(name, config, names))), [])
         unknown += [] if places else [key]
         for place in places:
             parts.setdefault(place.name, []).append(Part(key, parameter, place))

@@ -172,6 +172,8 @@ class ExportedFile:
                 else:
                     changed.setdefault(part.key, {})[tensor.name.split(".")[-2]] = values
         state |= {key: put_back(found) for key, found in changed.items() if (put_back := _put_back(key)) is not None}
+        for key, slices in getattr(source, "fused", dict)().items():
+            state[key] = source.join(key, {part: state.pop(part) for part in slices})
         folder.mkdir()
         save_file({key: tensor.contiguous() for key, tensor in state.items()}, folder / "model.safetensors")
         shutil.copyfile(self.original / "config.json", folder / "config.json")
