@@ -226,6 +226,16 @@ def save_tokenizer(tokenizer: Tokenizer, folder: Path, **options: Any) -> None:
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, **named).save_pretrained(folder)
 
 
+def planned(folder, name="gguf:q4_k_m", **options):
+    """Returns the plan of a run; nothing is quantized."""
+    places = {"model": str(folder), "output_dir": str(folder.parent / "out"), "device": "cpu"}
+    return pipeline.open_session(RunConfig.from_options(**{**places, "format": name, **options})).plan
+
+
+def schemes(plan):
+    return {entry.layer.name: str(entry.scheme) for entry in plan.entries}
+
+
 @pytest.fixture
 def save_model(tmp_path: Path) -> Callable[..., Path]:
     """Returns save(family, tokenizer, **config) -> folder of a random bfloat16 model; norms and biases are random."""
