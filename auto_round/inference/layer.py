@@ -207,7 +207,7 @@ class QuantizedLinear(nn.Module):
         if self.kernel is None:
             assert self._is_settled, f"{self.spec.name}: post_init was not called after loading"
             self.prepare()
-        return self.kernel(self, x)
+        return self.kernel.forward(self, x)
 
     def _packed(self, codes_OI: Tensor) -> Tensor:
         """Returns `qweight` of the layout, each row of the weight contiguous as `settle` arranges it."""

@@ -7,9 +7,15 @@ codes in AWQ words.
 The product is a tensor-core one whatever the number of tokens, with the weight as the left factor. No code moves
 between threads: the sum over the input does not depend on its order, so each code position of the words is a factor of
 its own, multiplied with the activations that belong to it. These are loaded by fours, as numbers of 64 bits; the words
-as numbers which hold four codes. Codes become numbers by their bits: 0x4300 | code is 128 + code in bfloat16, 0x6400 |
-code is 1024 + code in float16. Zero points are subtracted there, exactly; a group's scale multiplies the float32 sum
-over the group or, where groups are shorter than a step, the 16-bit weights.
+as numbers which hold four codes.
+
+Codes become numbers by their bits. Four bits in GPTQ's layout, in groups as long as a step, are taken as they are: a
+16-bit number of which only the lowest bits are set is below the normal numbers, where it is linear in these bits (code
+* 2**-133 in bfloat16, code * 2**-24 in float16), and tensor cores compute with such numbers. Then the zero point
+multiplies the sum of the activations, which one more product gives, and powers of two go into the group's scale.
+Elsewhere 0x4300 | code is 128 + code in bfloat16 and 0x6400 | code is 1024 + code in float16, from which the zero point
+is subtracted, exactly; a group's scale multiplies the float32 sum over the group or, where groups are shorter than a
+step, the 16-bit weights.
 
 Shape letters: O out features, I in features, G groups, T tokens, S slices of a step, one for each warp, C columns of a
 slice, W packed numbers of a slice's row.
@@ -20,78 +26,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-# Two codes and their exponents in one word, see above.
+from auto_round.inference.triton_assembly import activation_assembly, assembly, code_assembly
+
+# Two codes and their exponents in one word.
 MAGIC_BF16 = tl.constexpr(0x43004300)
 MAGIC_FP16 = tl.constexpr(0x64006400)
-# The assembly below, for one position of the codes: $0 and on are the results, then come the packed numbers, then the
-# negative zero points, both in the order of the results. Two 16-bit values are in a register, four or two 8- or 32-bit
-# ones in one or two. Compilers make about twice the instructions of the same expressions.
-FOUR_BITS = """{
-    .reg .b32 code, one;
-    shr.u32 code, $1, SHIFT;
-    lop3.b32 code, code, 0x000f000f, MAGIC, 0xea;
-    mov.b32 one, ONE;
-    fma.rn.TYPE $0, code, one, $2;
-}"""
-TWO_BITS = """{
-    .reg .b32 code, low, high, one;
-    shr.u32 code, $2, SHIFT;
-    and.b32 code, code, 0x03030303;
-    prmt.b32 low, code, MAGIC, 0x5150;
-    prmt.b32 high, code, MAGIC, 0x5352;
-    mov.b32 one, ONE;
-    fma.rn.TYPE $0, low, one, $3;
-    fma.rn.TYPE $1, high, one, $4;
-}"""
-EIGHT_BITS = """{
-    .reg .b32 code, one;
-    prmt.b32 code, $1, $2, BYTES;
-    lop3.b32 code, code, 0x00ff00ff, MAGIC, 0xea;
-    mov.b32 one, ONE;
-    fma.rn.TYPE $0, code, one, $3;
-}"""
-# Words 0, 1, 2 of both units are $1 $2, $3 $4, $5 $6.
-THREE_BITS = """{
-    .reg .b32 code, next, one;
-    shf.r.clamp.b32 code, FIRST0, SECOND0, SHIFT;
-    shf.r.clamp.b32 next, FIRST1, SECOND1, SHIFT;
-    prmt.b32 code, code, next, 0x5410;
-    lop3.b32 code, code, 0x00070007, MAGIC, 0xea;
-    mov.b32 one, ONE;
-    fma.rn.TYPE $0, code, one, $7;
-}"""
-AWQ = """{
-    .reg .b32 code, next, one;
-    shr.u32 code, $1, $3;
-    shr.u32 next, $2, $4;
-    prmt.b32 code, code, next, 0x5410;
-    lop3.b32 code, code, 0x000f000f, MAGIC, 0xea;
-    mov.b32 one, ONE;
-    fma.rn.TYPE $0, code, one, $5;
-}"""
-
-
-@triton.constexpr_function
-def _assembly(bits: int, position: int, dtype: tl.dtype) -> str:
-    """Returns the assembly for code number `position`, with constants filled in."""
-    is_bf16 = dtype == tl.bfloat16
-    word, shift = divmod(position * bits, 32)
-    following = min(word + 1, 2)
-    values = {
-        "SHIFT": shift,
-        "BYTES": 0x4400 + 0x1111 * position,
-        "FIRST0": f"${1 + 2 * word}",
-        "FIRST1": f"${2 + 2 * word}",
-        "SECOND0": f"${1 + 2 * following}",
-        "SECOND1": f"${2 + 2 * following}",
-        "MAGIC": 0x43004300 if is_bf16 else 0x64006400,
-        "ONE": 0x3F803F80 if is_bf16 else 0x3C003C00,
-        "TYPE": "bf16x2" if is_bf16 else "f16x2",
-    }
-    text = {2: TWO_BITS, 3: THREE_BITS, 4: FOUR_BITS, 8: EIGHT_BITS, 0: AWQ}[bits]
-    for name, value in values.items():
-        text = text.replace(name, str(value))
-    return text
 
 
 @triton.jit
@@ -161,7 +100,7 @@ def _weight(packed, entry, position: tl.constexpr, BITS: tl.constexpr, dtype: tl
     minus_zero = _minus_zero(entry, dtype)
     if COMPUTE != dtype:  # Triton's interpreter, which runs no assembly
         return _number(_code(packed, position, BITS), dtype, COMPUTE) + minus_zero.to(dtype, bitcast=True).to(COMPUTE)
-    text: tl.constexpr = _assembly(BITS, position, dtype)
+    text: tl.constexpr = assembly(BITS, position, dtype)
     if BITS == 2:
         bits = tl.inline_asm_elementwise(
             text, "=r,=r,r,r,r", [packed[0], minus_zero], dtype=tl.uint16, is_pure=True, pack=4
@@ -185,7 +124,7 @@ def _awq_weight(word, entry, dtype: tl.constexpr, COMPUTE: tl.constexpr):
     if COMPUTE != dtype:
         number = _number((word >> (entry >> 24)) & 15, dtype, COMPUTE)
         return number + minus_zero.to(dtype, bitcast=True).to(COMPUTE)
-    text: tl.constexpr = _assembly(0, 0, dtype)
+    text: tl.constexpr = assembly(0, 0, dtype)
     bits = tl.inline_asm_elementwise(
         text, "=r,r,r,r,r,r", [word, entry >> 24, minus_zero], dtype=tl.uint16, is_pure=True, pack=2
     )
@@ -229,6 +168,41 @@ def _gptq_step(
 
 
 @triton.jit
+def _linear_step(
+    x, words, entry, start, t, tokens, width,
+    S: tl.constexpr, C: tl.constexpr, EVEN: tl.constexpr, SCALE: tl.constexpr,
+):  # fmt: skip
+    """Returns (S, O, T): the product of one step of 4-bit codes, each slice in one group, `entry` (S, O, 1)."""
+    dtype: tl.constexpr = x.dtype.element_ty
+    W: tl.constexpr = C // 4
+    w = start // 4 + tl.arange(0, S * W)
+    packed = _slices(_load(words + w[None, :], w[None, :], width // 4, EVEN), S)
+    # Columns first, as in `_gptq_step`.
+    inside = t < tokens if EVEN else (t < tokens) & (w[:, None] < width // 4)
+    fours = tl.load(x.to(tl.pointer_type(tl.int64)) + t * (width // 4) + w[:, None], mask=inside, other=0)
+    fours = tl.reshape(fours, (S, W, fours.shape[1]))
+    part = tl.zeros((S, packed.shape[1], fours.shape[2]), tl.float32)
+    total = tl.zeros((S, packed.shape[1], fours.shape[2]), tl.float32)
+    for position in tl.static_range(4):
+        code = tl.inline_asm_elementwise(
+            code_assembly(position, dtype), "=r,r", [packed], dtype=tl.uint16, is_pure=True, pack=2
+        )
+        columns = (fours >> (16 * position)).to(tl.uint16)
+        if dtype == tl.bfloat16:
+            columns = tl.inline_asm_elementwise(
+                activation_assembly(position), "=r,r", [columns], dtype=tl.uint16, is_pure=True, pack=2
+            )
+        columns = columns.to(dtype, bitcast=True)
+        one = tl.full(packed.shape, 16 if dtype == tl.bfloat16 and position % 2 else 1, tl.uint16)
+        part = tl.dot(code.to(dtype, bitcast=True), columns, part)
+        total = tl.dot(one.to(dtype, bitcast=True), columns, total)
+    zero = (((entry >> 16) & 255) | 0x4B000000).to(tl.float32, bitcast=True) - 8388608.0
+    scale = entry.to(tl.uint16).to(SCALE, bitcast=True).to(tl.float32)
+    # 2**-133 of a code times 2**70, or float16's 2**-24.
+    return (part - zero * total) * (scale * (2.0**63 if dtype == tl.bfloat16 else 2.0**24))
+
+
+@triton.jit
 def _awq_step(
     part, x, words, entry, scale, start, t, tokens, width,
     R: tl.constexpr, S: tl.constexpr, C: tl.constexpr, EVEN: tl.constexpr, COMPUTE: tl.constexpr,
@@ -250,7 +224,7 @@ def multiply_kernel(
     x, words, grid, bias, y, tokens, width, height, row_words, groups,
     BITS: tl.constexpr, AWQ: tl.constexpr, GROUP: tl.constexpr, UNIT: tl.constexpr, C: tl.constexpr,
     S: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr, STAGES: tl.constexpr,
-    EVEN: tl.constexpr, SCALE: tl.constexpr, COMPUTE: tl.constexpr,
+    EVEN: tl.constexpr, FULL: tl.constexpr, SCALE: tl.constexpr, COMPUTE: tl.constexpr,
 ):  # fmt: skip
     """y (T, O) = x (T, I) times the weight, plus bias; one program for ROWS rows and TOKENS tokens.
 
@@ -260,39 +234,44 @@ def multiply_kernel(
         GROUP: weights that share a scale. UNIT: what it has in common with C, the columns of a slice: 64 or more for
             GPTQ (512 for 3 bits), because tensor cores want 16 packed numbers.
         SCALE: dtype of the scales. COMPUTE: x's dtype; float32 in the interpreter, which cannot compute in bfloat16.
-        EVEN: whether I is a multiple of S * C.
+        EVEN: whether I is a multiple of S * C. FULL: whether O is a multiple of ROWS.
     """
     G: tl.constexpr = C // UNIT
     W: tl.constexpr = C if AWQ else C // (32 if BITS == 3 else 4)
+    LINEAR: tl.constexpr = BITS == 4 and not AWQ and G == 1 and COMPUTE == x.dtype.element_ty
     PACK: tl.constexpr = 8 if AWQ else 1
     o = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     t = (tl.program_id(1) * TOKENS + tl.arange(0, TOKENS))[None, :]
     packed_row = tl.program_id(0) * (ROWS // PACK) + tl.arange(0, ROWS // PACK)
-    packed_row = tl.minimum(packed_row, (height - 1) // PACK)[:, None]
+    packed_row = (packed_row if FULL else tl.minimum(packed_row, (height - 1) // PACK))[:, None]
+    inner = o if FULL else tl.minimum(o, height - 1)
     if BITS == 2:
         row_of_words = words.to(tl.pointer_type(tl.uint8)) + packed_row * (row_words * 4)
     elif BITS == 4 and not AWQ:
         row_of_words = words.to(tl.pointer_type(tl.uint16)) + packed_row * (row_words * 2)
     else:
         row_of_words = words.to(tl.pointer_type(tl.uint32)) + packed_row * row_words
-    column_of_grid = grid.to(tl.pointer_type(tl.uint32)) + tl.minimum(o, height - 1)[None, :]
+    column_of_grid = grid.to(tl.pointer_type(tl.uint32)) + inner[None, :]
     acc = tl.zeros((S, ROWS, TOKENS), tl.float32)
     for start in tl.range(0, width, S * C, num_stages=STAGES):
         group = ((start + tl.arange(0, S * G) * UNIT) // GROUP)[:, None]
         entry = _by_slices(_load(column_of_grid + group * height, group, groups, EVEN), S)
-        wide = _repeat(entry, W)
-        scale = None if G == 1 else wide.to(tl.uint16).to(SCALE, bitcast=True).to(COMPUTE)
-        part = tl.zeros((S, ROWS, TOKENS), tl.float32) if G == 1 else acc
-        if AWQ:
-            part = _awq_step(part, x, row_of_words, wide, scale, start, t, tokens, width, ROWS, S, C, EVEN, COMPUTE)
+        if LINEAR:
+            acc += _linear_step(x, row_of_words, entry, start, t, tokens, width, S, C, EVEN, SCALE)
         else:
-            part = _gptq_step(
-                part, x, row_of_words, wide, scale, start, t, tokens, width, row_words, BITS, S, C, EVEN, COMPUTE
-            )
-        acc = acc + part * entry.to(tl.uint16).to(SCALE, bitcast=True).to(tl.float32) if G == 1 else part
+            wide = _repeat(entry, W)
+            scale = None if G == 1 else wide.to(tl.uint16).to(SCALE, bitcast=True).to(COMPUTE)
+            part = tl.zeros((S, ROWS, TOKENS), tl.float32) if G == 1 else acc
+            if AWQ:
+                part = _awq_step(part, x, row_of_words, wide, scale, start, t, tokens, width, ROWS, S, C, EVEN, COMPUTE)
+            else:
+                part = _gptq_step(
+                    part, x, row_of_words, wide, scale, start, t, tokens, width, row_words, BITS, S, C, EVEN, COMPUTE
+                )
+            acc = acc + part * entry.to(tl.uint16).to(SCALE, bitcast=True).to(tl.float32) if G == 1 else part
     out = tl.sum(acc, 0)
     if bias is not None:
-        out += tl.load(bias + tl.minimum(o, height - 1)).to(tl.float32)[:, None]
+        out += tl.load(bias + inner).to(tl.float32)[:, None]
     tl.store(y + t * height + o[:, None], out.to(y.dtype.element_ty), mask=(t < tokens) & (o < height)[:, None])
 
 

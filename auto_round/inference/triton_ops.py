@@ -83,7 +83,7 @@ def tile_for(tokens: int, out_features: int, packing: Packing) -> Tile | None:
     if tokens > 16:
         return Tile(32, 32, 4, 64, 4)
     width = 8 if tokens <= 8 else 16
-    if packing.bits == 4 and out_features >= TALL:
+    if packing.bits == 4 and out_features >= TALL and width == 16:
         return Tile(64, width, 4, 128, 3)
     return Tile(32, width, 4, 128, 4 if width == 8 and packing.bits < 8 else 3)
 
@@ -99,17 +99,15 @@ def packed_linear(
         grid: (G, O) int32, see `grid_table`.
         bits, group, awq, scale: see `Packing`.
     """
-    width, out_features = x.shape[-1], grid.shape[1]
-    rows = x.reshape(-1, width)
     packing = Packing(bits, group, awq, scale)
-    tile = tile_for(rows.shape[0], out_features, packing)
-    if rows.shape[0] == 0:
-        y = rows.new_empty(0, out_features)
-    elif tile is None:
-        y = F.linear(rows, dequantize(qweight, grid, packing, width, x.dtype), bias)
-    else:
-        y = multiply(rows, qweight, grid, bias, packing, tile)
-    return y.view(*x.shape[:-1], out_features)
+    *leading, width = x.shape
+    tokens = math.prod(leading)
+    if tokens == 0:
+        return x.new_empty(*leading, grid.shape[1])
+    tile = tile_for(tokens, grid.shape[1], packing)
+    if tile is None:
+        return F.linear(x, dequantize(qweight, grid, packing, width, x.dtype), bias)
+    return multiply(x, qweight, grid, bias, packing, tile)
 
 
 def _shape(x: Tensor, qweight: Tensor, grid: Tensor, *packing: Any) -> Tensor:  # noqa: ARG001
@@ -128,13 +126,14 @@ torch.library.register_fake("auto_round::packed_linear", _shape, lib=_LIBRARY)
 
 
 def multiply(x: Tensor, qweight: Tensor, grid: Tensor, bias: Tensor | None, packing: Packing, tile: Tile) -> Tensor:
-    """Returns (T, O) = x W^T + bias for x (T, I), with the weight unpacked in registers."""
-    tokens, width = x.shape
+    """Returns (..., O) = x W^T + bias for x (..., I), with the weight unpacked in registers."""
+    *leading, width = x.shape
+    tokens = math.prod(leading)
     groups, out_features = grid.shape
     x = x.contiguous()
     if x.data_ptr() % 16:
         x = x.clone()  # four activations are loaded as one number, whose address must be a multiple of its size
-    y = x.new_empty(tokens, out_features)
+    y = x.new_empty(*leading, out_features)
     words = _row_by_row(qweight)
     sizes = (width, out_features, words.shape[0], groups)
     launch = _multiplication(packing, tile, x.dtype, x.device, sizes, bias is None)
@@ -171,7 +170,7 @@ def grid_table(scale_GO: Tensor, zero_OG: Tensor | None, packing: Packing) -> Te
 
 def _row_by_row(qweight: Tensor) -> Tensor:
     """Returns `qweight` with its transpose contiguous, which is how settled layers have it."""
-    return qweight if qweight.t().is_contiguous() else qweight.t().contiguous().t()
+    return qweight if qweight.stride() == (1, qweight.shape[0]) else qweight.t().contiguous().t()
 
 
 class _Launch:
@@ -224,8 +223,9 @@ def _multiplication(
     kind = (packing.bits, packing.awq, packing.group, unit, tile.columns)
     shape = (tile.slices, tile.rows, tile.tokens, tile.stages)
     is_even = sizes[0] % (tile.slices * tile.columns) == 0
+    is_full = sizes[1] % tile.rows == 0
     compute = tl.float32 if INTERPRETED else TYPES[dtype]
-    constants = (*kind, *shape, is_even, TYPES[packing.scale], compute)
+    constants = (*kind, *shape, is_even, is_full, TYPES[packing.scale], compute)
     return _Launch(multiply_kernel, device, constants, num_warps=tile.slices)
 
 

@@ -31,11 +31,12 @@ class TritonKernel(nn.Module):
     """
 
     def __init__(self, layer: QuantizedLinear) -> None:
-        from auto_round.inference.triton_ops import INTERPRETED, TYPES, Packing, grid_table
+        from auto_round.inference.triton_ops import INTERPRETED, TYPES, Packing, grid_table, packed_linear
 
         super().__init__()
         self.dequantize = DequantizeKernel(layer)
         self.is_interpreted = INTERPRETED
+        self.packed_linear = packed_linear
         scheme = layer.spec.scheme
         # Scales that need float32 are rounded to the precision that weights have in PyTorch's product.
         scale = layer.scales.dtype if layer.scales.dtype in TYPES else layer.spec.dtype
@@ -52,16 +53,21 @@ class TritonKernel(nn.Module):
         """Returns (..., O) in x's dtype."""
         if not self._is_served(x):
             return self.dequantize(layer, x)
-        words, bias = layer.qweight, layer.bias
-        if self.order_I is not None:
-            words, x = self.sorted, x[..., self.order_I]
+        # Generating one token is bound by what happens on the host: attributes of modules cost a microsecond each,
+        # PyTorch's dispatcher six.
+        mine, stored = self._buffers, layer._buffers
+        words, bias = stored["qweight"], layer.bias if layer.spec.bias else None
+        if mine["order_I"] is not None:
+            words, x = mine["sorted"], x[..., mine["order_I"]]
         if bias is not None and bias.dtype != x.dtype:
             bias = bias.to(x.dtype)
-        return torch.ops.auto_round.packed_linear(x, words, self.grid, bias, *self.packing)
+        is_traced = torch.compiler.is_compiling() or type(x) is not Tensor
+        run = torch.ops.auto_round.packed_linear if is_traced else self.packed_linear
+        return run(x, words, mine["grid"], bias, *self.packing)
 
     def _is_served(self, x: Tensor) -> bool:
         needs_gradient = torch.is_grad_enabled() and x.requires_grad
-        is_here = x.device == self.grid.device and (x.is_cuda or self.is_interpreted)
+        is_here = x.device == self._buffers["grid"].device and (x.is_cuda or self.is_interpreted)
         return is_here and x.dtype in (torch.float16, torch.bfloat16) and not needs_gradient
 
 
