@@ -1,7 +1,8 @@
 """Integers with a scale and a minimum of their own in each group (GGUF's Q4_1 and Q5_1).
 
 W_hat = scale * clamp(round((W - low) / scale + V), 0, 2**bits - 1) + low, with scale and low rounded to the scheme's
-scale dtype. Unlike a zero point, the minimum may lie anywhere, also above zero.
+scale dtype. Unlike a zero point, the minimum may lie anywhere, also above zero. Only V is tuned, as with super-blocks
+(int_superblock.py says why).
 """
 
 from __future__ import annotations
@@ -56,14 +57,12 @@ class IntFloatMinimumDataType:
         return search_affine(weight_OI, scheme, importance)
 
     def trainable(self, weight_OI: Tensor, scheme: QuantizationScheme) -> dict[str, Tensor]:
-        """Returns rounding (O, G, K) zeros, max_scale and min_scale (O, G, 1) ones, float32."""
-        grouped = to_groups(weight_OI.float(), scheme.group_size)
-        ones = grouped.new_ones(*grouped.shape[:2], 1)
-        return {"rounding": torch.zeros_like(grouped), "max_scale": ones, "min_scale": ones.clone()}
+        """Returns rounding (O, G, K) zeros, float32."""
+        return {"rounding": torch.zeros_like(to_groups(weight_OI.float(), scheme.group_size))}
 
     def fake_quantize(self, weight_OI: Tensor, scheme: QuantizationScheme, range_: Range, params: Params) -> Tensor:
         """Returns (O, I) float32, differentiable in `params` through the straight-through estimator."""
-        scale, low = _scale_and_low(scheme, range_, params)
+        scale, low = _scale_and_low(scheme, range_)
         latent = (to_groups(weight_OI.float(), scheme.group_size) - low) / scale + params["rounding"]
         codes = torch.clamp(round_ste(latent), 0, 2**scheme.bits - 1)
         return from_groups(scale * codes + low, weight_OI.shape[1])
@@ -73,7 +72,7 @@ class IntFloatMinimumDataType:
         self, weight_OI: Tensor, scheme: QuantizationScheme, range_: Range, params: Params
     ) -> RoundingState:
         """Returns scale (O, G, 1), residual and in_range (O, G, K)."""
-        scale, low = _scale_and_low(scheme, range_, params)
+        scale, low = _scale_and_low(scheme, range_)
         latent = (to_groups(weight_OI.float(), scheme.group_size) - low) / scale + params["rounding"]
         nearest = latent.round()
         return RoundingState(scale, latent - nearest, (nearest >= 0) & (nearest <= 2**scheme.bits - 1))
@@ -81,18 +80,17 @@ class IntFloatMinimumDataType:
     @torch.no_grad()
     def encode(self, weight_OI: Tensor, scheme: QuantizationScheme, range_: Range, params: Params) -> QuantizedTensor:
         """Returns codes and scales; `encode(...).dequantize()` equals `fake_quantize(...)` bit for bit."""
-        scale, low = _scale_and_low(scheme, range_, params)
+        scale, low = _scale_and_low(scheme, range_)
         latent = (to_groups(weight_OI.float(), scheme.group_size) - low) / scale + params["rounding"]
         codes = latent.round().clamp(0, 2**scheme.bits - 1).to(torch.uint8)
         codes = from_groups(codes, weight_OI.shape[1]).contiguous()
         return QuantizedTensor(codes, scale.squeeze(-1), None, scheme, offset=low.squeeze(-1))
 
 
-def _scale_and_low(scheme: QuantizationScheme, range_: Range, params: Params) -> tuple[Tensor, Tensor]:
-    """Returns scale and minimum, (O, G, 1) each, as they are stored; clip factors multiply them."""
-    scale = cast_ste(range_["scale"] * params["max_scale"], scheme.scale_dtype)
-    low = cast_ste(range_["low"] * params["min_scale"], scheme.scale_dtype)
-    return scale.clamp(min=MIN_SCALE[scheme.scale_dtype]), low
+def _scale_and_low(scheme: QuantizationScheme, range_: Range) -> tuple[Tensor, Tensor]:
+    """Returns scale and minimum, (O, G, 1) each, as they are stored."""
+    scale = cast_ste(range_["scale"], scheme.scale_dtype).clamp(min=MIN_SCALE[scheme.scale_dtype])
+    return scale, cast_ste(range_["low"], scheme.scale_dtype)
 
 
 DATA_TYPES.register("int_float_zp")(IntFloatMinimumDataType())

@@ -18,13 +18,14 @@ def test_the_ends_of_the_range_have_the_outermost_codes():
     assert float(encoded.scale) == float(torch.tensor(0.2).half())
 
 
-def test_clip_factors_multiply_scale_and_minimum():
+def test_offsets_move_codes_and_leave_the_scales():
     weight = torch.linspace(-1, 2, 32)[None]
     range_, params = TYPE.minmax_range(weight, Q4_1), TYPE.trainable(weight, Q4_1)
-    params["max_scale"] *= 0.5
-    params["min_scale"] *= 0.75
-    encoded = TYPE.encode(weight, Q4_1, range_, params)
-    assert (float(encoded.offset), float(encoded.scale)) == (-0.75, float(torch.tensor(0.1).half()))
+    assert set(params) == {"rounding"}
+    start = TYPE.encode(weight, Q4_1, range_, params)
+    down = TYPE.encode(weight, Q4_1, range_, {"rounding": params["rounding"] - 1})
+    assert torch.equal(down.codes, start.codes - (start.codes > 0).to(torch.uint8))
+    assert torch.equal(down.scale, start.scale)
 
 
 def test_what_the_type_cannot_be_is_refused():

@@ -41,16 +41,14 @@ def test_scales_of_symmetric_groups_are_signed():
     assert torch.equal(encoded.dequantize(), weight)
 
 
-def test_clip_factors_move_codes_of_scales_by_whole_steps():
+def test_offsets_move_codes_and_leave_the_scales():
     weight = torch.randn(2, 512, generator=torch.Generator().manual_seed(0))
     range_, params = TYPE.minmax_range(weight, Q2_K), TYPE.trainable(weight, Q2_K)
-    params["max_scale"] *= 0.7
-    params["min_scale"] *= 1.4
-    encoded = TYPE.encode(weight, Q2_K, range_, params)
-    steps = encoded.scale / encoded.super_scale.repeat_interleave(16, 1)
-    assert torch.equal(steps, (range_["scale_codes"].squeeze(-1) * 0.7).round())
-    minima = -encoded.offset / encoded.super_offset.repeat_interleave(16, 1)
-    assert torch.equal(minima, (range_["minimum_codes"].squeeze(-1) * 1.4).round().clamp(max=15))
+    assert set(params) == {"rounding"}
+    start = TYPE.encode(weight, Q2_K, range_, params)
+    up = TYPE.encode(weight, Q2_K, range_, {"rounding": params["rounding"] + 1})
+    assert torch.equal(up.codes, (start.codes + 1).clamp(max=3))
+    assert torch.equal(up.scale, start.scale)
 
 
 @pytest.mark.parametrize(
