@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import re
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -85,3 +89,20 @@ def token_ids() -> Callable[..., torch.Tensor]:
 def one_thread() -> None:
     """Keeps torch to one thread: tiny tensors gain nothing, and sums keep one order."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture
+def run_interpreted() -> Callable[[str], int]:
+    """Returns run(file) -> how many tests of a file pass in a process of their own with Triton's interpreter.
+
+    Triton decides about interpretation when it is imported, so it cannot be switched on here.
+    """
+
+    def run(file: str) -> int:
+        command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-p", "no:xdist", file]
+        environment = {**os.environ, "TRITON_INTERPRET": "1"}
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
+        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
+        return int(re.search(r"(\d+) passed", done.stdout)[1])
+
+    return run

@@ -24,6 +24,8 @@ ASCII, BYTES = 20, [*range(3), *range(94, 259)]
 # llama.cpp rounds activations to 8 bits where weights are quantized, and to bfloat16 where they are bfloat16.
 # Logits span 9; in 8 layers of random weights that rounding adds up to more than in 3.
 FLOAT, QUANTIZED, DEEP = 0.02, 0.3, 0.45
+# The same rounding sends a token to another expert now and then, which changes it and those after it.
+ROUTED = [name for name in FAMILIES if "mixtral" in name or "moe" in name or "deepseek" in name or name == "gpt-oss"]
 
 
 class LlamaCpp:
@@ -95,7 +97,9 @@ def test_llama_cpp_computes_each_architecture_in_4_bits(export_gguf, tmp_path, r
     exported = export_gguf("q4_k_m", name)
     engine = LlamaCpp(exported.files[0])
     expected = wanted(exported.dequantized_model(tmp_path / "dense"))
-    assert difference(engine.log_probabilities(PROMPT), expected, record_property) < QUANTIZED
+    assert difference(engine.log_probabilities(PROMPT), expected, record_property) < (
+        DEEP if name in ROUTED else QUANTIZED
+    )
 
 
 @pytest.mark.parametrize("mix", MIXES)
