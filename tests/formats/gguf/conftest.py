@@ -264,6 +264,7 @@ def save_model(tmp_path: Path) -> Callable[..., Path]:
 @pytest.fixture
 def export_gguf(save_model: Callable[..., Path], tmp_path: Path) -> Callable[..., ExportedFile]:
     """Returns make(mix, family, model, folder, **options) -> the file of a random model, rounded to nearest."""
+    pytest.importorskip("gguf")
 
     def make(
         mix: str,
