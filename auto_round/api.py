@@ -47,6 +47,8 @@ ALWAYS_SO = {
     "low_cpu_mem_usage": "weights are read block by block in any case",
     "low_cpu_mem_mode": "weights are read block by block in any case",
     "disable_deterministic_algorithms": "repeatable kernels are used where torch has them",
+    "template": "conversations are written by the model's own chat template",
+    "truncation": "samples with pictures are never cut, longer ones are left out",
 }
 
 
@@ -56,6 +58,8 @@ class AutoRound:
     Args:
         model: a model folder or hub name (streamed, never wholly in memory), or a loaded Transformers model.
         tokenizer: of a loaded model; may be None when `dataset` holds token ids, or for plain rounding.
+        processor: of a loaded vision-language model, for calibration with pictures; saved beside the weights.
+        image_processor: saved beside the weights where there is no processor.
         options: every field of `config.py`, by keyword: scheme or bits/group_size/sym, layer_config, iters, nsamples,
             seqlen, dataset, batch_size, lr, enable_alg_ext ...
     Raises:
@@ -68,8 +72,10 @@ class AutoRound:
     def __init__(self, *args: Any, **options: Any) -> None:
         options = _with_positional(args, options)
         tokenizer = options.pop("tokenizer", None)
+        self.processor, self.image_processor = options.pop("processor", None), options.pop("image_processor", None)
         for name in [name for name in options if name in ALWAYS_SO]:
-            logger.info("option %s has no effect: %s", name, ALWAYS_SO[name])
+            if options[name] is not None:
+                logger.info("option %s has no effect: %s", name, ALWAYS_SO[name])
             del options[name]
         for old, new in OTHER_NAMES.items():
             if options.get(old) is not None:
@@ -81,7 +87,8 @@ class AutoRound:
         if "device" in given:
             given["device"] = str(given["device"])
         self.config = RunConfig.from_options(**given)
-        self.session = pipeline.open_session(self.config, tokenizer=tokenizer)
+        processor = self.processor if self.processor is not None else self.image_processor
+        self.session = pipeline.open_session(self.config, tokenizer=tokenizer, processor=processor)
         self._work: tempfile.TemporaryDirectory | None = None
         self._store: RunStore | None = None
 
@@ -93,7 +100,7 @@ class AutoRound:
     @property
     def model(self) -> Any:
         """The model; on the meta device when it was given as a folder."""
-        return self.session.source.model
+        return self.session.source.original
 
     @property
     def tokenizer(self) -> Any:
@@ -195,13 +202,23 @@ class AutoRoundAdam(AutoRound):
 
 
 class AutoRoundMLLM(AutoRound):
-    """AutoRound for vision-language models: the language part is quantized, calibrated on text."""
+    """AutoRound under the name, and with the positional arguments, that it had for vision-language models.
+
+    The language part is quantized and calibrated on text, unless `dataset` is of pictures; `quant_nontext_module` takes
+    vision tower and projector too. `AutoRound` does the same.
+    """
 
     def __init__(
-        self, model: Any, tokenizer: Any = None, processor: Any = None, image_processor: Any = None, **options: Any
+        self,
+        model: Any,
+        tokenizer: Any = None,
+        processor: Any = None,
+        image_processor: Any = None,
+        *scheme: Any,
+        **options: Any,
     ) -> None:
-        self.processor, self.image_processor = processor, image_processor
-        super().__init__(model, tokenizer, **options)
+        given = _with_positional((model, tokenizer, *scheme), options)
+        super().__init__(**{**given, "processor": processor, "image_processor": image_processor})
 
 
 def tune_block(
@@ -285,7 +302,7 @@ def _write_back(model: nn.Module, store: RunStore, plan: Plan) -> None:
     outside = plan.outside()
     for name, value in pipeline.dequantized(store, plan):
         parameter = model.get_parameter(name)
-        if name in outside and plan.structure.tied_head:
+        if name in outside and plan.structure.tied_head and name == f"{plan.structure.head}.weight":
             module = model.get_submodule(name.removesuffix(".weight"))
             module.weight = nn.Parameter(value.to(parameter), requires_grad=parameter.requires_grad)
         else:

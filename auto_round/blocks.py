@@ -1,9 +1,12 @@
 """Runs a model block by block: how the model calls each block, one block's tensors at a time, two activation chains.
 
 The identity pass: every block is replaced by a recorder that returns its input, and the model's own forward runs once
-over the calibration tokens. That gives the input of the first block and, for each block, the arguments the model itself
-passes (masks, rotary tables), without touching a block's weights. Modules are used through torch's functional_call, so
-neither a user's model nor a model on the meta device is ever changed.
+over the calibration samples. That gives the input of the first block and, for each block, the arguments the model
+itself passes (masks, rotary tables), without touching a block's weights. Modules are used through torch's
+functional_call, so neither a user's model nor a model on the meta device is ever changed.
+
+Where a model changes hidden states between two blocks (vision features added to some tokens), its own code does so
+here too: it runs again with the block before giving the activations, up to the block behind.
 
 Shape letters: N samples, T tokens, H hidden.
 """
@@ -22,35 +25,26 @@ from torch.func import functional_call
 
 from auto_round import distributed
 from auto_round.calibration import CalibrationSet
+from auto_round.calls import (
+    NOT_CALLED,
+    BlockCalls,
+    IndexedOutputError,
+    ReachedError,
+    Recorder,
+    Replay,
+    Trace,
+    merge_calls,
+    moved_to,
+    replaced_modules,
+    sample_axes,
+)
+from auto_round.channels import ChannelMeans
 from auto_round.checkpoint import WeightSource
-from auto_round.errors import CalibrationError, UnsupportedError
+from auto_round.errors import CalibrationError, CheckpointError, UnsupportedError
 from auto_round.models.base import has_tied_head, head_name
+from auto_round.models.experts import LinearExperts
 
 InputQuantizer = Callable[[Tensor], Tensor]
-
-
-@dataclasses.dataclass(frozen=True, slots=True, eq=False)
-class BlockCalls:
-    """The arguments, besides the hidden states, that the model passes to one block.
-
-    Attributes:
-        shared: nested structure of arguments with `None` where a tensor differs from sample to sample.
-        per_sample: flat position -> (N, ...) tensor for those, in the order of the flattened structure.
-        spec: structure of (args, kwargs).
-    """
-
-    shared: tuple[Any, ...]
-    per_sample: Mapping[int, Tensor]
-    spec: Any
-
-    def for_samples(self, samples: Tensor, device: torch.device, dtype: torch.dtype) -> tuple[tuple, dict]:
-        """Returns positional and keyword arguments for some samples, floating tensors in `dtype`."""
-        leaves = [
-            self.per_sample[i][samples.to(self.per_sample[i].device)] if i in self.per_sample else leaf
-            for i, leaf in enumerate(self.shared)
-        ]
-        moved = [_to(leaf, device, dtype) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-        return torch.utils._pytree.tree_unflatten(moved, self.spec)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
@@ -64,6 +58,7 @@ class Block:
         tensors: full parameter and buffer names -> tensors in their stored precision; a forward pass converts those
             that are not replaced, so that no second copy of the weights stays while they are tuned.
         input_quantizers: full weight name -> what its layer's input passes through first; empty for 16 bits.
+        shows_all_experts: statistics see all tokens at each expert, also those that are routed to others.
     """
 
     names: tuple[str, ...]
@@ -73,11 +68,17 @@ class Block:
     device: torch.device
     dtype: torch.dtype
     input_quantizers: Mapping[str, InputQuantizer] = dataclasses.field(default_factory=dict)
+    shows_all_experts: bool = False
 
     @property
     def name(self) -> str:
         """The name for messages."""
         return self.names[0] if len(self.names) == 1 else f"{self.names[0]}..{self.names[-1].rsplit('.', 1)[-1]}"
+
+    @property
+    def runs(self) -> bool:
+        """Whether the model calls any of it for the calibration samples."""
+        return any(calls.runs for calls in self.calls)
 
     def forward(
         self,
@@ -93,9 +94,11 @@ class Block:
         """
         replaced = replaced or {}
         for name, module, calls in zip(self.names, self.modules, self.calls, strict=True):
+            if not calls.runs:
+                continue
             dot = name + "."
             own = {key: tensor for key, tensor in self.tensors.items() if key.startswith(dot)}
-            state = {k[len(dot) :]: _to(t, self.device, self.dtype) for k, t in own.items() if k not in replaced}
+            state = {k[len(dot) :]: moved_to(t, self.device, self.dtype) for k, t in own.items() if k not in replaced}
             state.update({k[len(dot) :]: t for k, t in replaced.items() if k.startswith(dot)})
             args, kwargs = calls.for_samples(samples, self.device, self.dtype)
             kwargs = {**kwargs, **(arguments or {})}
@@ -116,6 +119,15 @@ class Block:
                 elif layer.startswith(dot):
                     found[weight] = module.get_submodule(layer[len(dot) :])
         return found
+
+    def experts(self) -> dict[str, LinearExperts]:
+        """Returns the lists of experts in the block by full name."""
+        return {
+            f"{name}.{below}": child
+            for name, module in zip(self.names, self.modules, strict=True)
+            for below, child in module.named_modules()
+            if isinstance(child, LinearExperts)
+        }
 
     @contextlib.contextmanager
     def _quantized_inputs(self) -> Iterator[None]:
@@ -141,11 +153,15 @@ class BlockStream:
     Args:
         source: where weights come from.
         groups: names of the blocks, those that are tuned together in one tuple.
-        data: calibration tokens.
+        data: calibration samples.
         device, dtype: where and in what precision blocks run.
         storage: device that the chains are kept on.
         batch_size: samples of one forward pass.
         quantized_chain: keep the second chain; else blocks are tuned on original inputs.
+        watched: weights outside the blocks whose input channels are measured; `channel_means` has them then.
+        shows_all_experts: as in `Block`.
+    Raises:
+        UnsupportedError: the model does not call its blocks, or calls them in a way that cannot be streamed.
     """
 
     def __init__(
@@ -159,13 +175,24 @@ class BlockStream:
         storage: torch.device,
         batch_size: int,
         quantized_chain: bool,
+        watched: Sequence[str] = (),
+        shows_all_experts: bool = False,
     ) -> None:
         self.source, self.groups, self.data = source, groups, data
         self.device, self.dtype, self.storage = device, dtype, storage
         self.batch_size, self.quantized_chain = batch_size, quantized_chain
+        self.channel_means: dict[str, Tensor] = {}
+        self.shows_all_experts = shows_all_experts
         self._skeleton = self._load_skeleton()
-        self.original, self._calls = self._identity_pass()
-        self._skeleton = {}  # embeddings can be large; head_inputs loads them again
+        self._as_tuple = False
+        try:
+            self.original, self._calls, self._changed = self._identity_pass(watched)
+        except IndexedOutputError:
+            self._as_tuple = True
+            self.original, self._calls, self._changed = self._identity_pass(watched)
+        self._refuse_changes_within_groups()
+        if not self._changed:
+            self._skeleton = {}  # embeddings can be large; head_inputs loads them again
         self.quantized = self.original
 
     def load(self, index: int) -> Block:
@@ -177,7 +204,7 @@ class BlockStream:
         modules = tuple(self.source.model.get_submodule(name) for name in names)
         tensors = {key: tensor.to(self.device) for key, tensor in stored.items()}
         calls = tuple(self._calls[name] for name in names)
-        return Block(names, modules, calls, tensors, self.device, self.dtype)
+        return Block(names, modules, calls, tensors, self.device, self.dtype, shows_all_experts=self.shows_all_experts)
 
     def batches(self) -> list[slice]:
         """Returns the samples of each forward pass; fixed, so that results do not depend on ranks or resuming."""
@@ -214,24 +241,64 @@ class BlockStream:
             targets_NTH: the original outputs of the block.
             replaced: dequantized weights and tuned parameters by full name.
         """
-        self.quantized = self.run(block, self.quantized, replaced) if self.quantized_chain else targets_NTH
-        self.original = targets_NTH
+        quantized = self.run(block, self.quantized, replaced) if self.quantized_chain else targets_NTH
+        following = list(self.groups).index(block.names) + 1
+        self.original = self.before(following, targets_NTH)
+        self.quantized = self.before(following, quantized) if self.quantized_chain else self.original
+
+    @torch.no_grad()
+    def before(self, index: int, chain_NTH: Tensor) -> Tensor:
+        """Returns what group `index` sees when the blocks before it give `chain_NTH`."""
+        name = self.groups[index][0] if index < len(self.groups) else None
+        if name is None or name not in self._changed:
+            return chain_NTH
+        names = self._names()
+        previous = [n for n in names[: names.index(name)] if self._calls[n].runs][-1]
+        collected: list[Tensor] = []
+
+        def stand_in(own: str) -> Replay:
+            return Replay(collected if own == name else None, as_tuple=self._as_tuple, stops=own == name)
+
+        with replaced_modules(self.source.model, names, stand_in):
+            self._replay(previous, chain_NTH)
+        return self._without_extra(collected)
 
     @torch.no_grad()
     def head_inputs(self, head: str, chain_NTH: Tensor) -> Tensor:
         """Returns what the output layer sees, (N, T, H), when the last block gives `chain_NTH`."""
         self._skeleton = self._load_skeleton()
         collected: list[Tensor] = []
-        names = [name for group in self.groups for name in group]
-        with _replaced_modules(self.source.model, names, lambda _name: _Identity()):
-            last = self.source.model.get_submodule(names[-1])
-            with _replaced_modules(self.source.model, [head], lambda _name: _Identity(collected)):
-                for piece in self.batches():
-                    rows = chain_NTH[piece].to(self.device)
-                    last.output = rows if self.data.attention_mask is None else torch.cat([rows, rows[:1]])
-                    self._forward_skeleton(piece)
-        sizes = [piece.stop - piece.start for piece in self.batches()]
-        return torch.cat([hidden[:size].to(self.storage) for hidden, size in zip(collected, sizes, strict=True)])
+        last = [name for name in self._names() if self._calls[name].runs][-1]
+        with (
+            replaced_modules(self.source.model, self._names(), lambda _name: Replay(as_tuple=self._as_tuple)),
+            replaced_modules(self.source.model, [head], lambda _name: Replay(collected)),
+        ):
+            self._replay(last, chain_NTH)
+        return self._without_extra(collected)
+
+    def _replay(self, name: str, chain_NTH: Tensor) -> None:
+        """Runs the skeleton with a stand-in that gives the activations of a chain."""
+        stand_in: Any = self.source.model.get_submodule(name)
+        for piece in self._pieces():
+            rows = chain_NTH[piece].to(self.device)
+            stand_in.output = torch.cat([rows, rows[:1]]) if self._extra else rows
+            with contextlib.suppress(ReachedError):
+                self._forward_skeleton(torch.arange(piece.start, piece.stop))
+
+    def _without_extra(self, collected: list[Tensor]) -> Tensor:
+        return torch.cat([hidden[: len(hidden) - self._extra].to(self.storage) for hidden in collected])
+
+    def _names(self) -> list[str]:
+        return [name for group in self.groups for name in group]
+
+    @property
+    def _extra(self) -> int:
+        """Rows at the end of each pass of the skeleton that are no samples, see `_with_padded_row`."""
+        return 1 if self.data.attention_mask is not None and self.data.media is None else 0
+
+    def _pieces(self) -> list[slice]:
+        """Returns the samples of each pass of the skeleton: pictures go one sample at a time, for they differ."""
+        return self.batches() if self.data.media is None else [slice(i, i + 1) for i in range(len(self.data))]
 
     def _load_skeleton(self) -> dict[str, Tensor]:
         """Returns what lies outside the blocks, without the output layer, which no pass here runs."""
@@ -239,87 +306,67 @@ class BlockStream:
         tied = has_tied_head(self.source.model)
         outside = outside_tensors(self.source, self.groups)
         kept = {n: t for n, t in outside.items() if tied or head is None or not n.startswith(head + ".")}
-        return {name: _to(tensor, self.device, self.dtype) for name, tensor in kept.items()}
+        return {name: moved_to(tensor, self.device, self.dtype) for name, tensor in kept.items()}
 
-    def _identity_pass(self) -> tuple[Tensor, dict[str, BlockCalls]]:
-        recorders: dict[str, _Recorder] = {}
-        names = [name for group in self.groups for name in group]
-        head = head_name(self.source.model)
-        with (
-            torch.no_grad(),
-            _replaced_modules(self.source.model, names, lambda n: recorders.setdefault(n, _Recorder())),
-            _replaced_modules(self.source.model, [head] if head else [], lambda _name: _Identity()),
-        ):
-            for piece in self.batches():
-                self._forward_skeleton(piece)
-        first = recorders[names[0]]
-        if not first.hidden:
-            raise UnsupportedError(f"{type(self.source.model).__name__} never called {names[0]} in its forward pass")
-        extra = 0 if self.data.attention_mask is None else 1
-        inputs = torch.cat([hidden[: len(hidden) - extra].to(self.storage) for hidden in first.hidden])
+    @torch.no_grad()
+    def _identity_pass(self, watched: Sequence[str]) -> tuple[Tensor, dict[str, BlockCalls], set[str]]:
+        """Returns the input of the first block, how each is called, and those that get something changed."""
+        first = torch.zeros(1, dtype=torch.int64)
+        one, _ = self._record([first])
+        two, _ = self._record([first.repeat(2)])
+        pieces = [torch.arange(piece.start, piece.stop) for piece in self._pieces()]
+        with ChannelMeans(self.source.model, watched) as means:
+            recorders, changed = self._record(pieces)
+        self.channel_means = means.values()
+        names = self._names()
+        called = [name for name in names if recorders[name].calls]
+        partly = [name for name in called if len(recorders[name].calls) != len(pieces)]
+        model = type(self.source.model).__name__
+        if not called:
+            raise UnsupportedError(f"{model} never called {names[0]} in its forward pass")
+        if partly:
+            raise UnsupportedError(f"{model} calls {partly[0]} for some of the calibration samples only")
         merged: dict[tuple[int, ...], Any] = {}
-        count = len(self.data)
-        return inputs, {
-            name: _merge_calls(recorder.calls, count, extra, merged) for name, recorder in recorders.items()
-        }
+        calls = dict.fromkeys(names, NOT_CALLED)
+        for name in called:
+            axes = sample_axes(one[name], two[name])
+            calls[name] = merge_calls(recorders[name], axes, self._extra, merged, joins_equal=self.data.media is None)
+        return self._without_extra(recorders[called[0]].hidden), calls, changed
 
-    def _forward_skeleton(self, piece: slice) -> None:
-        ids = self.data.input_ids[piece]
-        arguments: dict[str, Any] = {"input_ids": ids.to(self.device), "use_cache": False}
+    def _record(self, pieces: Sequence[Tensor]) -> tuple[dict[str, Recorder], set[str]]:
+        """Returns recorders that have seen passes over some samples, and the blocks that got something changed."""
+        recorders: dict[str, Recorder] = {}
+        trace, head = Trace(), head_name(self.source.model)
+
+        def stand_in(name: str) -> Recorder:
+            return recorders.setdefault(name, Recorder(name, trace, as_tuple=self._as_tuple))
+
+        with (
+            replaced_modules(self.source.model, self._names(), stand_in),
+            replaced_modules(self.source.model, [head] if head else [], lambda _name: Replay()),
+        ):
+            for samples in pieces:
+                trace.begin()
+                self._forward_skeleton(samples)
+        return recorders, trace.changed
+
+    def _refuse_changes_within_groups(self) -> None:
+        inside = self._changed & {name for group in self.groups for name in group[1:]}
+        if inside:
+            raise UnsupportedError(
+                f"{type(self.source.model).__name__} changes hidden states before {sorted(inside)[0]}, so it cannot be "
+                "tuned together with the block before it. Use nblocks=1"
+            )
+
+    def _forward_skeleton(self, samples: Tensor) -> None:
+        ids, arguments = self.data.input_ids[samples], {}
         if self.data.attention_mask is not None:
-            ids, mask = _with_padded_row(ids, self.data.attention_mask[piece])
-            arguments = {"input_ids": ids.to(self.device), "attention_mask": mask.to(self.device), "use_cache": False}
-        functional_call(self.source.model, self._skeleton, (), arguments, strict=False)
-
-
-class _Identity(nn.Module):
-    """Returns its input (or `output`, if set), and keeps inputs in `collected`."""
-
-    def __init__(self, collected: list[Tensor] | None = None) -> None:
-        super().__init__()
-        self.collected, self.output = collected, None
-
-    def forward(self, hidden: Tensor | None = None, *_args: Any, **kwargs: Any) -> Tensor:
-        hidden = kwargs["hidden_states"] if hidden is None else hidden
-        if self.collected is not None:
-            self.collected.append(hidden)
-        return hidden if self.output is None else self.output
-
-
-class _Recorder(nn.Module):
-    """Stands in for a block: remembers how it is called, passes hidden states through."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.hidden: list[Tensor] = []
-        self.calls: list[tuple[int, tuple, dict]] = []
-
-    def forward(self, hidden: Tensor | None = None, *args: Any, **kwargs: Any) -> Tensor:
-        hidden = kwargs.pop("hidden_states") if hidden is None else hidden
-        self.hidden.append(hidden)
-        self.calls.append((hidden.shape[0], args, kwargs))
-        return hidden
-
-
-@contextlib.contextmanager
-def _replaced_modules(model: nn.Module, names: Sequence[str], make: Any) -> Iterator[None]:
-    """Puts stand-ins in the place of modules and takes them out again, whatever happens."""
-    saved = []
-    try:
-        for name in names:
-            parent = model.get_submodule(name.rpartition(".")[0])
-            leaf = name.rpartition(".")[2]
-            original = parent._modules[leaf]
-            stand_in = make(name)
-            for attribute, value in vars(original).items():  # models read attributes such as attention_type of a layer
-                if not attribute.startswith("_") and attribute not in vars(stand_in):
-                    stand_in.__dict__[attribute] = value
-            saved.append((parent, leaf, original))
-            parent._modules[leaf] = stand_in
-        yield
-    finally:
-        for parent, leaf, original in reversed(saved):
-            parent._modules[leaf] = original
+            mask = self.data.attention_mask[samples]
+            ids, mask = _with_padded_row(ids, mask) if self._extra else (ids, mask.long())
+            arguments["attention_mask"] = mask
+        arguments = {"input_ids": ids, **arguments, **self.data.media_of(samples)}
+        moved = {name: moved_to(tensor, self.device, self.dtype) for name, tensor in arguments.items()}
+        functional_call(self.source.model, self._skeleton, (), {**moved, "use_cache": False}, strict=False)
 
 
 def _with_padded_row(ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
@@ -340,39 +387,23 @@ def outside_tensors(source: WeightSource, groups: Sequence[tuple[str, ...]]) -> 
     for name, buffer in source.model.named_buffers():
         if not name.startswith(inside) and not buffer.is_meta:
             tensors.setdefault(name, buffer)
+    stored = {id(p) for n, p in source.model.named_parameters(remove_duplicate=False) if n in tensors}
+    for name, parameter in source.model.named_parameters():
+        if not name.startswith(inside) and name not in tensors and id(parameter) not in stored:
+            tensors.update(_converted_tensors(source, name, inside))
     return tensors
 
 
-def _merge_calls(
-    calls: list[tuple[int, tuple, dict]], count: int, extra: int, merged: dict[tuple[int, ...], Any]
-) -> BlockCalls:
-    """Joins the calls of all batches: tensors that are the same for every sample are kept once.
+def _converted_tensors(source: WeightSource, name: str, inside: tuple[str, ...]) -> dict[str, Tensor]:
+    """Returns a parameter that no stored tensor is a copy of (one of q, k, v that are stored as one), and its kin.
 
-    Args:
-        count: samples of all calls.
-        extra: rows at the end of each call that are no samples.
-        merged: what was joined for earlier blocks, by identity; blocks mostly get the very same tensors.
+    Its source knows the module that the stored tensor belongs to, which may be some levels up.
     """
-    flat = [torch.utils._pytree.tree_flatten((args, kwargs)) for _, args, kwargs in calls]
-    sizes = [size for size, _, _ in calls]
-    leaves_by_call, spec = [leaves for leaves, _ in flat], flat[0][1]
-    shared, per_sample = [], {}
-    for position, first in enumerate(leaves_by_call[0]):
-        leaf = first
-        values = [leaves[position] for leaves in leaves_by_call]
-        if isinstance(first, Tensor) and first.ndim > 0 and sum(sizes) - extra * len(sizes) == count:
-            if all(v.shape[0] == size for v, size in zip(values, sizes, strict=True)):
-                identity = tuple(id(v) for v in values)
-                if identity not in merged:
-                    rows = [v[: v.shape[0] - extra] for v in values]
-                    same = all(torch.equal(v, first[:1].expand_as(v)) for v in rows)
-                    merged[identity] = (first[:1], None) if same else (None, torch.cat([v.cpu() for v in rows]))
-                leaf, varying = merged[identity]
-                if varying is not None:
-                    per_sample[position] = varying
-        shared.append(leaf)
-    return BlockCalls(tuple(shared), per_sample, spec)
-
-
-def _to(tensor: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
-    return tensor.to(device, dtype) if tensor.is_floating_point() else tensor.to(device)
+    place = name.rpartition(".")[0]
+    while True:
+        try:
+            return source.tensors(place)
+        except CheckpointError:
+            place = place.rpartition(".")[0]
+            if not place or any(block.startswith(place + ".") for block in inside):
+                raise

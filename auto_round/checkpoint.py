@@ -1,8 +1,8 @@
 """Where weights come from: one prefix at a time, never a whole model.
 
 `CheckpointSource` reads a folder of safetensors; `ModuleSource` a model in memory. Both give plain dictionaries of
-tensors; the model object (on the meta device for a folder) serves as structure only. Only this file touches
-Transformers' weight-conversion interface, which is internal there.
+tensors; the model object (on the meta device for a folder) serves as structure only. Experts are linear layers in both,
+however the model and its checkpoint hold them.
 """
 
 from __future__ import annotations
@@ -19,7 +19,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from auto_round.errors import CheckpointError, ConfigError, UnsupportedError
+from auto_round.conversion import FusedKey, conversions, map_keys, stored_keys, unfuse
+from auto_round.errors import CheckpointError, ConfigError
+from auto_round.models.auto_class import auto_class
 from auto_round.shards import INDEX_NAME
 
 PICKLED_INDEX_NAME = "pytorch_model.bin.index.json"
@@ -27,9 +29,15 @@ WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgp
 
 
 class WeightSource(Protocol):
-    """Reads weights by module name (for tuning) and by checkpoint key (for export)."""
+    """Reads weights by module name (for tuning) and by checkpoint key (for export).
+
+    Attributes:
+        model: the structure; its experts are linear layers.
+        original: the model that was given, or the same as `model`.
+    """
 
     model: nn.Module
+    original: nn.Module
     folder: Path | None
 
     def tensors(self, prefix: str) -> dict[str, Tensor]:
@@ -46,6 +54,14 @@ class WeightSource(Protocol):
 
     def ignored(self) -> set[str]:
         """Returns the keys of stored tensors that no part of the model takes, e.g. rotary tables of older releases."""
+        ...
+
+    def fused(self) -> Mapping[str, tuple[str, ...]]:
+        """Returns key of a stored tensor that holds many experts -> the keys that `keys` has in its place."""
+        ...
+
+    def join(self, key: str, tensors: Mapping[str, Tensor]) -> Tensor:
+        """Returns the fused tensor of a key of `fused`, made of the tensors in its place by their keys."""
         ...
 
 
@@ -104,38 +120,41 @@ class CheckpointSource:
     def _fill(self, folder: Path, stored: Mapping[str, Tensor], model: nn.Module) -> None:
         self.folder: Path | None = folder
         self.stored = stored
-        self.model = model
-        self._names, self._converted = self._map_keys()
-
-    def _map_keys(self) -> tuple[dict[str, str | None], dict[str, str]]:
-        """Returns checkpoint key -> parameter name, and checkpoint key -> first target of a many-to-one conversion."""
-        renamings, converters = _conversions(self.model)
-        meta = self.model.state_dict()
-        names: dict[str, str | None] = {}
-        converted = {}
-        for key in self.stored:
-            target, pattern = _rename(key, renamings, converters, self.model, meta)
-            names[key] = target if pattern is None and target in meta else None
-            if pattern is not None:
-                converted[key] = target
-        return names, converted
+        self._unfused = unfuse(model)
+        self.model = self.original = self._unfused.model
+        self._map = map_keys(stored, self._unfused)
+        self._places = {
+            part: (key, piece) for key, held in self._map.fused.items() for part, piece in held.parts.items()
+        }
 
     def keys(self) -> dict[str, str | None]:
         """Returns checkpoint key -> parameter name within the model, or None."""
-        return self._names
+        return dict(self._map.names)
 
     def read(self, key: str) -> Tensor:
-        """Returns the tensor stored under a checkpoint key."""
-        return self.stored[key]
+        """Returns the tensor stored under a checkpoint key, or the slice that a key stands for."""
+        if key not in self._places:
+            return self.stored[key]
+        fused, piece = self._places[key]
+        return piece.of(self.stored[fused]).contiguous()
 
     def ignored(self) -> set[str]:
         """Returns the keys of stored tensors that no part of the model takes."""
-        return {key for key, name in self._names.items() if name is None and key not in self._converted}
+        return {key for key, name in self._map.names.items() if name is None and key not in self._map.converted}
+
+    def fused(self) -> Mapping[str, tuple[str, ...]]:
+        """Returns key of a stored tensor that holds many experts -> the keys that `keys` has in its place."""
+        return {key: tuple(held.parts) for key, held in self._map.fused.items()}
+
+    def join(self, key: str, tensors: Mapping[str, Tensor]) -> Tensor:
+        """Returns the fused tensor of a key of `fused`, made of the tensors in its place."""
+        held = self._map.fused[key]
+        return self._unfused.join(held.name, {held.parameters[part]: tensor for part, tensor in tensors.items()})
 
     def tensors(self, prefix: str) -> dict[str, Tensor]:
         """Returns parameters and buffers below a module; an empty prefix means everything outside the blocks."""
         wanted = _below(prefix)
-        found = {name: self.read(key) for key, name in self._names.items() if name is not None and wanted(name)}
+        found = {name: self.read(key) for key, name in self._map.names.items() if name is not None and wanted(name)}
         found.update(self._read_converted(prefix))
         module = self.model.get_submodule(prefix)
         dot = prefix + "." if prefix else ""
@@ -153,18 +172,18 @@ class CheckpointSource:
     def _stored_alias(self, parameter: Tensor) -> str | None:
         """Returns the key under which a tied parameter is stored."""
         tied = {name for name, p in self.model.named_parameters(remove_duplicate=False) if p is parameter}
-        return next((key for key, name in self._names.items() if name in tied), None)
+        return next((key for key, name in self._map.names.items() if name in tied), None)
 
     def _read_converted(self, prefix: str) -> dict[str, Tensor]:
-        """Returns tensors that Transformers makes of several stored ones (fused experts), through its own loader."""
+        """Returns tensors that Transformers makes of several stored ones, through its own loader."""
         wanted = _below(prefix)
-        keys = [key for key, target in self._converted.items() if wanted(target)]
+        keys = [key for key, target in self._map.converted.items() if wanted(target)]
         if not keys:
             return {}
         from transformers.core_model_loading import convert_and_load_state_dict_in_model
         from transformers.modeling_utils import LoadStateDictConfig
 
-        renamings, converters = _conversions(self.model)
+        renamings, converters = conversions(self._unfused)
         config = LoadStateDictConfig(device_map={"": "cpu"}, weight_mapping=[*renamings, *converters])
         # An argument of Transformers before 5.17; tensor parallelism is not used here.
         takes = inspect.signature(convert_and_load_state_dict_in_model).parameters
@@ -179,9 +198,10 @@ class ModuleSource:
     """A model in memory. Its tensors are handed out as they are; nobody changes them in place."""
 
     def __init__(self, model: nn.Module) -> None:
-        self.model = model
-        self.folder: Path | None = None
-        self._stored, self._names = _stored_state(model)
+        self.original, self.folder = model, None
+        self._unfused = unfuse(model)
+        self.model = self._unfused.model
+        self._stored, self._names, self._fused = self._stored_state()
 
     def keys(self) -> dict[str, str | None]:
         """Returns checkpoint key -> parameter name within the model, or None."""
@@ -189,18 +209,50 @@ class ModuleSource:
 
     def read(self, key: str) -> Tensor:
         """Returns the tensor that is stored under a checkpoint key."""
-        return self._stored[key]
+        return self._stored[key].contiguous()
 
     def ignored(self) -> set[str]:
         """Returns nothing: a model holds no tensors that it does not take."""
         return set()
+
+    def fused(self) -> Mapping[str, tuple[str, ...]]:
+        """Returns key of a tensor that holds many experts -> the keys that `keys` has in its place."""
+        return {key: tuple(held.parts) for key, held in self._fused.items()}
+
+    def join(self, key: str, tensors: Mapping[str, Tensor]) -> Tensor:
+        """Returns the fused tensor of a key of `fused`, made of the tensors in its place."""
+        held = self._fused[key]
+        return self._unfused.join(held.name, {held.parameters[part]: tensor for part, tensor in tensors.items()})
 
     def tensors(self, prefix: str) -> dict[str, Tensor]:
         """Returns parameters and buffers below a module, by full name within the model."""
         module = self.model.get_submodule(prefix)
         dot = prefix + "." if prefix else ""
         named = [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
-        return {dot + name: tensor.detach() for name, tensor in named}
+        return {dot + name: tensor.detach().contiguous() for name, tensor in named}
+
+    def _stored_state(self) -> tuple[dict[str, Tensor], dict[str, str | None], Mapping[str, FusedKey]]:
+        """Returns what save_pretrained would store by checkpoint key, the parameter of each 1:1 entry, fused keys."""
+        state = {name: tensor.detach() for name, tensor in self.original.state_dict(keep_vars=True).items()}
+        state = {name: state[name] for name in _untied(state)}
+        fused = self._unfused.slices()
+        # Only the names of experts are wanted here: splitting real tensors would copy them.
+        lean = {name: tensor.to("meta") if name in fused else tensor for name, tensor in state.items()}
+        names_by_id = {id(tensor): name for name, tensor in lean.items() if name not in fused}
+        own = dict(self.model.named_parameters())
+        stored: dict[str, Tensor] = {}
+        names: dict[str, str | None] = {}
+        found = stored_keys(self.original, lean)
+        experts = map_keys([key for key, tensor in found.items() if tensor.is_meta], self._unfused)
+        for key, tensor in found.items():
+            if not tensor.is_meta:
+                stored[key], names[key] = tensor, names_by_id.get(id(tensor))
+                continue
+            held = experts.fused.get(key)
+            for part, name in held.parameters.items() if held else [(key, experts.names[key])]:
+                assert name is not None, f"{key} of {type(self.original).__name__} is no expert's weight"
+                stored[part], names[part] = own[name].detach(), name
+        return stored, names, experts.fused
 
 
 def copy_side_files(source: Path, target: Path) -> None:
@@ -213,6 +265,21 @@ def copy_side_files(source: Path, target: Path) -> None:
         if file.is_file() and file.name not in skipped and file.suffix not in WEIGHT_SUFFIXES:
             if not file.name.startswith("."):
                 shutil.copyfile(file, target / file.name)
+
+
+def load_processor(folder: Path, *, trust_remote_code: bool) -> Any:
+    """Returns the processor of pictures in a model's folder.
+
+    Raises:
+        ConfigError: there is none, or a package that it needs is missing.
+    """
+    from transformers import AutoProcessor
+
+    try:
+        return AutoProcessor.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        reason = str(error).strip()[:300]
+        raise ConfigError(f"{folder} has no processor that loads, which pictures need: {reason}") from error
 
 
 def resolve_folder(model: str) -> Path:
@@ -266,24 +333,18 @@ def structure_of(folder: Path, *, trust_remote_code: bool) -> nn.Module:
 
     Raises:
         ConfigError: no config.json, or code in the folder that was not allowed to run.
-        UnsupportedError: no causal language model that Transformers knows.
+        UnsupportedError: no language or vision-language model that Transformers knows.
     """
     from accelerate import init_empty_weights
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
-    stored = _stored_config(folder, trust_remote_code=trust_remote_code)
+    _stored_config(folder, trust_remote_code=trust_remote_code)
     config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
-    try:
-        with init_empty_weights(include_buffers=False):
-            model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-    except ValueError as error:
-        kind = stored.get("model_type")
-        raise UnsupportedError(
-            f"{folder} ({kind}) is no text-only causal language model that Transformers knows. Vision-language models "
-            f"are not quantized yet. Transformers says: {str(error).splitlines()[0][:200]}"
-        ) from error
+    kind = auto_class(config)
+    with init_empty_weights(include_buffers=False):
+        model = kind.from_config(config, trust_remote_code=trust_remote_code)
     model.tie_weights()
     return model.eval()
 
@@ -324,37 +385,6 @@ def _open_file(file: Path) -> Any:
 def _below(prefix: str) -> Any:
     dot = prefix + "."
     return lambda name: not prefix or name.startswith(dot)
-
-
-def _conversions(model: nn.Module) -> tuple[list[Any], list[Any]]:
-    """Returns Transformers' renamings and converters between checkpoint and model names."""
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightRenaming
-
-    mapping = get_model_conversion_mapping(model)
-    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
-    return renamings, [entry for entry in mapping if not isinstance(entry, WeightRenaming)]
-
-
-def _rename(
-    key: str, renamings: list[Any], converters: list[Any], model: nn.Module, meta: Mapping[str, Any]
-) -> tuple[str, str | None]:
-    from transformers.core_model_loading import rename_source_key
-
-    return rename_source_key(key, renamings, converters, model.base_model_prefix, dict(meta))
-
-
-def _stored_state(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str | None]]:
-    """Returns what save_pretrained would store, by checkpoint key, and the parameter name of each 1:1 entry."""
-    state = {name: tensor.detach() for name, tensor in model.state_dict(keep_vars=True).items()}
-    state = {name: state[name] for name in _untied(state)}
-    stored: Mapping[str, Tensor] = state
-    if hasattr(model, "save_pretrained"):
-        from transformers.core_model_loading import revert_weight_conversion
-
-        stored = revert_weight_conversion(model, dict(state))
-    names_by_id = {id(tensor): name for name, tensor in state.items()}
-    return dict(stored), {key: names_by_id.get(id(tensor)) for key, tensor in stored.items()}
 
 
 def _untied(state: Mapping[str, Tensor]) -> Iterator[str]:

@@ -84,6 +84,8 @@ def quantize_parser(recipe: str = "default") -> argparse.ArgumentParser:
     parser.add_argument("--dry_run", action="store_true", help="print the plan and stop; same as the command 'plan'")
     parser.add_argument("--recipe", choices=sorted(RECIPES), default=recipe, help="preset of the options below")
     parser.add_argument("--mllm", action="store_true", help="accepted; vision-language models are recognised")
+    parser.add_argument("--template", metavar="X", help="accepted; the model's own chat template is used")
+    parser.add_argument("--truncation", action="store_true", help="accepted; samples with pictures are never cut")
     _add_evaluation_flags(parser)
     groups = {"run": RunConfig, **PARTS}
     for title, owner in groups.items():

@@ -61,6 +61,7 @@ class SchemeConfig:
     )
     fp_layers: str = option("", "comma separated layers to keep in 16 bits (same patterns)", "--ignore_layers")
     quant_lm_head: bool = option(False, "quantize lm_head too")
+    quant_nontext_module: bool = option(False, "quantize vision tower and projector of a vision-language model too")
     to_quant_block_names: str | None = option(
         None, "comma separated block lists to quantize, e.g. model.layers (default: the decoder's)", kind=str
     )
@@ -92,6 +93,12 @@ class CalibConfig:
     )
     nsamples: int = option(128, "samples of calibration text", "--nsample")
     seqlen: int = option(2048, "tokens of a sample", "--seq_len")
+    extra_data_dir: str | None = option(
+        None, "folder of the pictures that a LLaVA-style --dataset names: DIR or image=DIR", kind=str
+    )
+    calibrate_all_experts: bool = option(
+        False, "scales of each expert are searched on all tokens, also those routed to other experts"
+    )
 
     def __post_init__(self) -> None:
         problems = [

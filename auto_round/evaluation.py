@@ -14,6 +14,7 @@ from torch import Tensor
 from auto_round.device import compute_device
 from auto_round.errors import CalibrationError, ConfigError, UnsupportedError, require
 from auto_round.formats import Exporter
+from auto_round.models.auto_class import auto_class
 
 DEFAULT_TASKS = (
     "lambada_openai,hellaswag,winogrande,piqa,mmlu,wikitext,truthfulqa_mc1,openbookqa,boolq,arc_easy,arc_challenge"
@@ -101,7 +102,7 @@ def load_for_evaluation(model: str | Path, settings: EvalSettings) -> Any:
     On a CPU a quantized one is computed exactly: faster backends round activations to 8 bits, and the figures are to
     say what the rounding of weights costs.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoRoundConfig
+    from transformers import AutoConfig, AutoRoundConfig
 
     where, trust = compute_device(settings.device), settings.trust_remote_code
     config = AutoConfig.from_pretrained(model, trust_remote_code=trust)
@@ -109,7 +110,7 @@ def load_for_evaluation(model: str | Path, settings: EvalSettings) -> Any:
     backend = EXACT_BACKEND if where.type == "cpu" else "auto"
     ours = method in ("auto-round", "gptq", "awq")
     options = {"quantization_config": AutoRoundConfig(backend=backend)} if ours else {}
-    loaded = AutoModelForCausalLM.from_pretrained(
+    loaded = auto_class(config).from_pretrained(
         model, dtype="auto", device_map=where, trust_remote_code=trust, **options
     )
     return loaded.eval()

@@ -18,16 +18,16 @@ from torch import Tensor
 
 from auto_round import __version__, distributed
 from auto_round.blocks import Block, BlockStream
-from auto_round.calibration import CalibrationSet, load_calibration
-from auto_round.checkpoint import CheckpointSource, ModuleSource, WeightSource, resolve_folder
+from auto_round.calibration import CalibrationSet, has_pictures, load_calibration, load_pictures
+from auto_round.checkpoint import CheckpointSource, ModuleSource, WeightSource, load_processor, resolve_folder
 from auto_round.config import RunConfig, parse_formats
-from auto_round.data_types.activations import stored_peak
 from auto_round.device import compute_device, compute_dtype, repeatable_kernels
 from auto_round.errors import ConfigError
 from auto_round.formats import FormatTarget, export, verify
 from auto_round.formats.export import HEAD_BLOCK, checked_targets
 from auto_round.memory import release_freed
-from auto_round.models import discover
+from auto_round.models import discover, keep_joined
+from auto_round.outside import OutsideInputs, round_outside
 from auto_round.plan import Plan, resolve
 from auto_round.progress import Progress
 from auto_round.store import RunStore
@@ -36,7 +36,6 @@ from auto_round.tuning import (
     TuningTask,
     quantizers_of,
     round_plain,
-    round_searched,
     tune,
     tuner_for,
     with_input_quantizers,
@@ -47,19 +46,23 @@ from auto_round.tuning.kv_cache import cache_scales
 logger = logging.getLogger(__name__)
 
 WORK_FOLDER = ".auto_round_work"
-HEAD_ROWS = 1 << 14  # rows whose squares are summed at a time
 # Enough to tell a fine-tuned model from its base without reading it whole.
 IDENTITY_TENSORS, IDENTITY_VALUES = 16, 4096
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Session:
-    """What a run works on: its options, where weights come from, what becomes of them."""
+    """What a run works on: its options, where weights come from, what becomes of them.
+
+    Attributes:
+        processor: of pictures, as given; None: the one in the model's folder.
+    """
 
     config: RunConfig
     source: WeightSource
     tokenizer: Any
     plan: Plan
+    processor: Any = None
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -77,11 +80,12 @@ class RunResult:
     seconds: float
 
 
-def open_session(config: RunConfig, *, tokenizer: Any = None) -> Session:
+def open_session(config: RunConfig, *, tokenizer: Any = None, processor: Any = None) -> Session:
     """Reads the model's structure and resolves the plan; no weights are read.
 
     Args:
         tokenizer: used instead of the one in the model's folder.
+        processor: the same for the processor of pictures.
     Raises:
         ConfigError, UnsupportedError: everything that is wrong with the options, before any work.
     """
@@ -96,8 +100,9 @@ def open_session(config: RunConfig, *, tokenizer: Any = None) -> Session:
         source = ModuleSource(config.model)
     names = config.scheme.to_quant_block_names
     lists = [name.strip() for name in names.split(",")] if isinstance(names, str) else names
-    plan = resolve(discover(source.model, lists), config.scheme, nblocks=config.tune.nblocks)
-    return Session(_clip_seqlen(config, source.model, tokenizer), source, tokenizer, plan)
+    structure = keep_joined(discover(source.model, lists), set(source.keys().values()))
+    plan = resolve(structure, config.scheme, nblocks=config.tune.nblocks)
+    return Session(_clip_seqlen(config, source.model, tokenizer), source, tokenizer, plan, processor)
 
 
 def format_targets(session: Session) -> list[FormatTarget]:
@@ -132,6 +137,8 @@ def write(session: Session, target: FormatTarget, store: RunStore) -> None:
     """
     exporter, folder, config = target.exporter, target.folder, session.config
     export(exporter, folder, session.plan, session.source, store, config, session.tokenizer)
+    if session.source.folder is None and session.processor is not None:
+        session.processor.save_pretrained(folder)
     logger.info("wrote %s to %s", exporter.name, folder)
     if config.verify:
         verify(exporter, folder, plan=session.plan, source=session.source, store=store, config=config)
@@ -146,10 +153,7 @@ def quantize(session: Session, work: Path) -> RunStore:
         logger.warning("%s", warning)
     data = None
     if config.tune.needs_calibration or plan.needs_calibration:
-        calib = config.calib
-        data = load_calibration(
-            calib.dataset, session.tokenizer, nsamples=calib.nsamples, seqlen=calib.seqlen, seed=config.tune.seed
-        )
+        data = _load_data(session)
     store = _open_store(work, session, data)
     with repeatable_kernels():
         if data is None:
@@ -159,6 +163,20 @@ def quantize(session: Session, work: Path) -> RunStore:
     distributed.barrier()
     assert all(store.has(group[0]) for group in plan.groups), source
     return store
+
+
+def _load_data(session: Session) -> CalibrationSet:
+    calib, seed = session.config.calib, session.config.tune.seed
+    if not has_pictures(calib.dataset):
+        return load_calibration(
+            calib.dataset, session.tokenizer, nsamples=calib.nsamples, seqlen=calib.seqlen, seed=seed
+        )
+    processor, folder = session.processor, session.source.folder
+    if processor is None and folder is not None and isinstance(calib.dataset, str | Path):
+        processor = load_processor(folder, trust_remote_code=session.config.trust_remote_code)
+    return load_pictures(
+        calib.dataset, processor, nsamples=calib.nsamples, seqlen=calib.seqlen, seed=seed, folder=calib.extra_data_dir
+    )
 
 
 def dequantized(store: RunStore, plan: Plan) -> Iterator[tuple[str, Tensor]]:
@@ -193,7 +211,7 @@ def _round_everything(session: Session, store: RunStore) -> None:
             del stored, weights
         release_freed()
         progress.report(group[0], BlockResult({}))
-    _round_outside(session, store, None)
+    round_outside(plan, source, store, session.config)
 
 
 def _tune_everything(session: Session, store: RunStore, data: CalibrationSet) -> None:
@@ -210,12 +228,18 @@ def _tune_everything(session: Session, store: RunStore, data: CalibrationSet) ->
         _pass_block(session, store, stream, index, progress, needs_targets=tuner.needs_targets or not last, last=last)
         release_freed()
     if outside_left:
-        head = session.plan.structure.head
-        assert head is not None
-        seen = stream.head_inputs(head, stream.quantized)
-        if data.attention_mask is not None:
-            seen = seen[data.attention_mask.to(seen.device)]
-        _round_outside(session, store, seen)
+        round_outside(
+            plan, session.source, store, config, OutsideInputs(_head_inputs(stream, plan), stream.channel_means)
+        )
+
+
+def _head_inputs(stream: BlockStream, plan: Plan) -> Tensor | None:
+    """Returns (R, H) what the output layer sees at real tokens, None if it is not quantized."""
+    head, mask = plan.structure.head, stream.data.attention_mask
+    if head is None or f"{head}.weight" not in plan.outside():
+        return None
+    seen = stream.head_inputs(head, stream.quantized)
+    return seen.flatten(0, -2) if mask is None else seen[mask.to(seen.device)]
 
 
 def _pass_block(
@@ -259,6 +283,8 @@ def _open_stream(session: Session, data: CalibrationSet, *, quantized_chain: boo
         storage=torch.device("cpu") if config.low_gpu_mem_usage else device,
         batch_size=config.tune.batch_size,
         quantized_chain=quantized_chain,
+        watched=[n for n, e in session.plan.outside().items() if e.layer.name != session.plan.structure.head],
+        shows_all_experts=config.calib.calibrate_all_experts,
     )
 
 
@@ -299,39 +325,6 @@ def _replaced(session: Session, block: Block, result: BlockResult) -> dict[str, 
     return replaced
 
 
-def _round_outside(session: Session, store: RunStore, head_inputs: Tensor | None) -> None:
-    """Rounds weights outside the blocks, the output layer's scales searched under what it sees.
-
-    The output layer is not tuned by steps: its outputs, one per token and word, would take more memory than the model.
-
-    Args:
-        head_inputs: (..., H) what the output layer sees at real tokens; None for plain rounding.
-    """
-    outside = session.plan.outside()
-    if not outside or store.has(HEAD_BLOCK) or not distributed.is_writer():
-        return
-    importance, peak = None, None
-    if head_inputs is not None:
-        rows = head_inputs.flatten(0, -2)
-        peak = head_inputs.abs().amax().float()
-        importance = sum(piece.float().square().sum(0) for piece in rows.split(HEAD_ROWS)) / len(rows)
-    weights = {}
-    for name, entry in outside.items():
-        weight = session.source.tensors(entry.layer.name)[name].to(compute_device(session.config.device)).float()
-        weight = weight.t() if entry.layer.transposed else weight
-        if head_inputs is None or not session.config.tune.needs_calibration:
-            quantized = round_plain(weight, entry.scheme)
-        else:
-            seen = importance.to(weight.device) if entry.layer.name == session.plan.structure.head else None
-            quantized = round_searched(weight, entry.scheme, seen)
-        activation = entry.scheme.activation
-        if activation is not None and activation.needs_calibration:
-            assert peak is not None  # such schemes are calibrated
-            quantized = dataclasses.replace(quantized, input_peak=stored_peak(peak, entry.scheme))
-        weights[name] = quantized.to("cpu")
-    store.save(HEAD_BLOCK, BlockResult(weights))
-
-
 def block_seed(seed: int, name: str) -> int:
     """Returns a seed that depends on the run's seed and the block's name only, not on the order of work."""
     return int.from_bytes(hashlib.sha256(f"{seed}:{name}".encode()).digest()[:6], "little")
@@ -346,6 +339,7 @@ def _open_store(work: Path, session: Session, data: CalibrationSet | None) -> Ru
         "cache_scales": session.plan.has_cache_scales,
         "tune": dataclasses.asdict(session.config.tune) if data is not None else {"iters": 0, "disable_opt_rtn": True},
         "calibration": None if data is None else _data_identity(data),
+        "all_experts": session.config.calib.calibrate_all_experts,
         "world_size": distributed.world_size(),
     }
     if not distributed.is_writer():
@@ -360,6 +354,9 @@ def _data_identity(data: CalibrationSet) -> str:
     digest = hashlib.sha256(data.input_ids.numpy().tobytes())
     if data.attention_mask is not None:
         digest.update(data.attention_mask.numpy().tobytes())
+    for sample in data.media or ():
+        for name in sorted(sample):
+            digest.update(name.encode() + sample[name].contiguous().numpy().tobytes())
     return digest.hexdigest()
 
 

@@ -23,9 +23,11 @@ from auto_round.tensors import group_count
 
 SIXTEEN_BIT = QuantizationScheme(bits=16)
 SMALLEST_GROUP = 16
+KERNEL_MULTIPLE = 32  # inputs and outputs that GPTQ and AWQ kernels take a multiple of
 # Layers whose weights serving engines join into one matrix, so that their schemes must agree. Source: vLLM's and
-# SGLang's packed_modules_mapping for the Llama and Qwen families.
-FUSED_GROUPS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+# SGLang's packed_modules_mapping for the Llama and Qwen families; w1 and w3 are what Mixtral calls an expert's gate and
+# up projections.
+FUSED_GROUPS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("w1", "w3"))
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -127,13 +129,17 @@ def resolve(structure: ModelStructure, config: SchemeConfig, *, nblocks: int = 1
     overrides, problems = _resolve_patterns(structure, config)
     entries, adjustments = [], []
     for layer in structure.linears:
-        scheme, reason = _scheme_of(layer, structure, base, overrides, config.quant_lm_head)
+        scheme, reason = _scheme_of(layer, structure, base, overrides, config)
         problems += [problem for problem in why_not_scheme(scheme) if problem not in problems]
         scheme, changes = fit_group(layer, scheme)
         adjustments += changes
         entries.append(PlanEntry(layer, scheme, reason + "".join(f"; {change.why}" for change in changes)))
     if config.quant_lm_head and structure.head is None:
         problems.append("quant_lm_head was asked for, but the model has no output layer")
+    if config.quant_nontext_module and not any(
+        e.layer.block is None and e.layer.name != structure.head for e in entries
+    ):
+        problems.append("quant_nontext_module was asked for, but the model has no vision tower or projector")
     if not problems and not any(entry.scheme.is_quantized for entry in entries):
         problems.append("nothing is left to quantize: every layer is kept in 16 bits")
     if problems:
@@ -236,17 +242,31 @@ def _scheme_of(
     structure: ModelStructure,
     base: QuantizationScheme,
     overrides: Mapping[str, tuple[dict[str, Any], str]],
-    quant_lm_head: bool,
+    config: SchemeConfig,
 ) -> tuple[QuantizationScheme, str]:
+    if layer.kept:
+        return SIXTEEN_BIT, layer.kept
     if layer.name in overrides:
         fields, pattern = overrides[layer.name]
         return base.replace(**fields), f"by '{pattern}'"
     if layer.block is not None:
         return base, "in a block"
-    if layer.name == structure.head and quant_lm_head:
+    if layer.name == structure.head and config.quant_lm_head:
         return base, "quant_lm_head, untied from the embedding" if structure.tied_head else "quant_lm_head"
+    if layer.name != structure.head and config.quant_nontext_module:
+        reason = _why_not_beside_text(layer, base)
+        return (SIXTEEN_BIT, reason) if reason else (base, "quant_nontext_module")
     reason = "output layer (--quant_lm_head quantizes it)" if layer.name == structure.head else "outside the blocks"
     return SIXTEEN_BIT, reason
+
+
+def _why_not_beside_text(layer: LinearInfo, base: QuantizationScheme) -> str:
+    """Returns why a layer of a vision tower or projector stays in 16 bits, "" if it need not."""
+    if any(size % KERNEL_MULTIPLE for size in layer.shape):
+        return f"{' x '.join(map(str, layer.shape))}: kernels take multiples of {KERNEL_MULTIPLE}"
+    if base.activation is not None and base.activation.needs_calibration:
+        return "ranges of activations are calibrated within blocks only"
+    return ""
 
 
 def why_not_scheme(scheme: QuantizationScheme) -> list[str]:

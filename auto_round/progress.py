@@ -26,6 +26,8 @@ class Progress:
         logger.info(
             "block %d/%d %s%s%s, %.1f s, %.0f s left", self.done, self.total, name, loss, state, now - self.last, left
         )
+        for experts, tokens in result.expert_tokens.items():
+            logger.info("%s: %d to %d tokens reached an expert", experts, min(tokens), max(tokens))
         if result.note:
             logger.warning("%s: %s", name, result.note)
         self.last = now

@@ -143,6 +143,7 @@ class BlockResult:
         plain: parameter name -> new 16-bit value (tuned norms and biases), empty by default.
         first_loss, best_loss: mean squared error of the block's output before tuning and at the kept step.
         best_step: the kept step, 0 for the start.
+        expert_tokens: name of a list of experts -> calibration tokens that were routed to each of them.
         cache_scales: tensor name -> (1,) float32 scale of keys or values in an FP8 cache, empty unless asked for.
         note: why the block did not take the normal way ("" if it did), e.g. a fall-back to rounding.
     """
@@ -153,6 +154,7 @@ class BlockResult:
     best_loss: float | None = None
     best_step: int = 0
     note: str = ""
+    expert_tokens: Mapping[str, list[int]] = dataclasses.field(default_factory=dict)
     cache_scales: Mapping[str, Tensor] = dataclasses.field(default_factory=dict)
 
     def summary(self) -> dict[str, Any]:
@@ -162,4 +164,5 @@ class BlockResult:
             "best_loss": self.best_loss,
             "best_step": self.best_step,
             "note": self.note,
+            "expert_tokens": dict(self.expert_tokens),
         }

@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import transformers
 from safetensors.torch import load_file, save_file
 
 from auto_round.checkpoint import CheckpointSource, ModuleSource, copy_side_files, resolve_folder
@@ -18,27 +17,8 @@ ANY_SIZE = 10**9
 
 @pytest.fixture(scope="session")
 def any_model(make_model):
-    """Returns make(kind, **config), Mixtral included: its experts are one tensor in memory and many on disk."""
-
-    def make(kind: str, **changes):
-        if kind != "mixtral":
-            return make_model(kind, **changes)
-        config = transformers.MixtralConfig(
-            vocab_size=96,
-            hidden_size=64,
-            intermediate_size=32,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            num_local_experts=3,
-            tie_word_embeddings=False,
-            **changes,
-        )
-        with torch.random.fork_rng():
-            torch.manual_seed(7)
-            return transformers.MixtralForCausalLM(config).eval()
-
-    return make
+    """Returns make(kind, **config) -> a tiny model."""
+    return make_model
 
 
 def blocks_of(model) -> list[str]:
@@ -47,9 +27,25 @@ def blocks_of(model) -> list[str]:
     return [f"{stem}.{index}" for index in range(len(model.get_submodule(stem)))]
 
 
+def unfused_parameters(model) -> dict[str, torch.Tensor]:
+    """Returns the parameters of a model by name, fused experts cut into matrices."""
+    found = {}
+    gate, up, down = ("w1", "w3", "w2") if "Mixtral" in type(model).__name__ else ("gate_proj", "up_proj", "down_proj")
+    for name, tensor in model.named_parameters(remove_duplicate=False):
+        stem, _, leaf = name.rpartition(".")
+        if not stem.endswith(".experts"):
+            found[name] = tensor
+            continue
+        for index, own in enumerate(tensor):
+            parts = own.chunk(2) if leaf == "gate_up_proj" else [own]
+            for part, projection in zip(parts, [gate, up] if len(parts) == 2 else [down], strict=True):
+                found[f"{stem}.{index}.{projection}.weight"] = part
+    return found
+
+
 def check_same_tensors(source, model) -> None:
     """Asserts that a source gives, block by block and as a whole, exactly the parameters of a model."""
-    wanted = dict(model.named_parameters(remove_duplicate=False))
+    wanted = unfused_parameters(model)
     for block in blocks_of(model):
         found = source.tensors(block)
         expected = {name: tensor for name, tensor in wanted.items() if name.startswith(block + ".")}
@@ -83,14 +79,28 @@ def test_a_model_in_memory_gives_what_its_folder_gives(any_model, kind, tmp_path
         assert torch.equal(in_memory.read(key), on_disk.read(key)), key
 
 
-@pytest.mark.parametrize("kind", ["qwen3_moe", "mixtral"])
-def test_fused_experts_have_no_single_name(any_model, kind, tmp_path):
-    any_model(kind).save_pretrained(tmp_path)
+def test_experts_have_a_name_each_in_the_checkpoint_and_in_the_model(any_model, tmp_path):
+    any_model("mixtral").save_pretrained(tmp_path)
     keys = CheckpointSource(tmp_path).keys()
-    experts = {key for key in keys if ".experts." in key}
-    assert experts
-    assert {keys[key] for key in experts} == {None}
-    assert all(keys[key] is not None for key in set(keys) - experts)
+    assert keys["model.layers.1.block_sparse_moe.experts.3.w1.weight"] == "model.layers.1.mlp.experts.3.w1.weight"
+    assert keys["model.layers.0.block_sparse_moe.gate.weight"] == "model.layers.0.mlp.gate.weight"
+    assert None not in keys.values()
+
+
+@pytest.mark.parametrize("kind", ["gpt_oss", "llama4", "granitemoe"])
+def test_what_a_checkpoint_stores_fused_is_listed_by_slices_and_joined_again(any_model, kind, tmp_path):
+    model = any_model(kind)
+    model.save_pretrained(tmp_path)
+    stored = load_file(tmp_path / "model.safetensors")
+    for source in (CheckpointSource(tmp_path), ModuleSource(model)):
+        keys = source.keys()
+        fused = source.fused()
+        assert fused
+        assert fused.keys() <= stored.keys()
+        assert not fused.keys() & keys.keys()
+        assert set(stored) - set(fused) == set(keys) - {part for parts in fused.values() for part in parts}
+        for key, parts in fused.items():
+            assert torch.equal(source.join(key, {part: source.read(part) for part in parts}), stored[key])
 
 
 @pytest.mark.parametrize("kind", ["llama", "mixtral"])

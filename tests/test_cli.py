@@ -17,7 +17,7 @@ DEMO = Path(__file__).resolve().parents[1] / "examples" / "demo_model"
 FLAGS = {
     "--act_bits", "--act_data_type", "--act_dtype", "--act_dynamic", "--act_group_size", "--act_sym", "--adam", "--amp",
     "--asym", "--batch_size", "--bits", "--bs", "--data_type", "--dataset", "--device", "--device_map", "--devices",
-    "--disable_act_dynamic", "--disable_amp", "--disable_minmax_tuning", "--disable_opt_rtn",
+    "--calibrate_all_experts", "--disable_act_dynamic", "--disable_amp", "--disable_minmax_tuning", "--disable_opt_rtn",
     "--disable_quanted_input", "--dry_run", "--dtype", "--dynamic_max_gap", "--enable_alg_ext",
     "--enable_minmax_tuning", "--enable_norm_bias_tuning", "--enable_quanted_input", "--enable_torch_compile",
     "--eval_bs", "--format", "--formats", "--fp_layers", "--gradient_accumulate_steps", "--group_size", "--help",
@@ -27,6 +27,7 @@ FLAGS = {
     "--ppl_seqlen", "--ppl_tokens", "--quant_lm_head", "--recipe", "--resume", "--sampler", "--scale_dtype",
     "--scheme", "--seed", "--static_kv_dtype",
     "--seq_len", "--seqlen", "--super_bits", "--super_group_size", "--sym", "--task", "--tasks",
+    "--extra_data_dir", "--quant_nontext_module", "--template", "--truncation",
     "--to_quant_block_names", "--train_bs", "--trust_remote_code", "--verify", "--work_dir", "-h",
 }  # fmt: skip
 

@@ -137,5 +137,7 @@ def test_to_keeps_everything():
 
 
 def test_a_block_result_sums_up_without_tensors():
-    result = BlockResult({}, first_loss=2.0, best_loss=1.0, best_step=7, note="x")
-    assert result.summary() == {"first_loss": 2.0, "best_loss": 1.0, "best_step": 7, "note": "x"}
+    tokens = {"mlp.experts": [3, 0]}
+    result = BlockResult({}, first_loss=2.0, best_loss=1.0, best_step=7, note="x", expert_tokens=tokens)
+    expected = {"first_loss": 2.0, "best_loss": 1.0, "best_step": 7, "note": "x", "expert_tokens": tokens}
+    assert result.summary() == expected

@@ -56,12 +56,15 @@ class CalibrationSet:
         input_ids: (N, T) int64 on the CPU, N and T at least 1, no negative values.
         attention_mask: (N, T) bool on the CPU, True where a token is real; every sample has a real token. None when
             nothing is padded; an all-True mask is stored as None.
+        media: for each sample what the model takes besides (pixel values, sizes of pictures, kinds of tokens), the
+            sample's own dimension first, or None for text.
     Raises:
         ConfigError: a shape, dtype, device or value is another.
     """
 
     input_ids: Tensor
     attention_mask: Tensor | None = None
+    media: tuple[Mapping[str, Tensor], ...] | None = None
 
     def __post_init__(self) -> None:
         ids = self.input_ids
@@ -72,8 +75,17 @@ class CalibrationSet:
             )
         if int(ids.min()) < 0:
             raise ConfigError(f"input_ids holds {int(ids.min())}; token ids are not negative")
+        if self.media is not None and len(self.media) != len(ids):
+            raise ConfigError(f"media of {len(self.media)} samples beside input_ids of {len(ids)}")
         if self.attention_mask is not None:
             self._check_mask(self.attention_mask)
+
+    def media_of(self, samples: Tensor) -> dict[str, Tensor]:
+        """Returns what the model takes besides tokens for some samples, joined in their first dimension."""
+        if self.media is None:
+            return {}
+        chosen = [self.media[index] for index in samples.tolist()]
+        return {name: torch.cat([sample[name] for sample in chosen]) for name in chosen[0]}
 
     def _check_mask(self, mask: Tensor) -> None:
         if mask.shape != self.input_ids.shape or mask.dtype != torch.bool or mask.device.type != "cpu":

@@ -10,6 +10,7 @@ Source: gptqmodel 7.6 models/loader.py, optimum 2.3 gptq/quantizer.py, vLLM laye
 from __future__ import annotations
 
 import dataclasses
+import re
 from typing import Any
 
 from auto_round import __version__
@@ -84,7 +85,9 @@ class AutoGptqFormat:
         entries |= {"desc_act": False, "true_sequential": False, "damp_percent": 0.01}
         if not base.sym:
             entries["checkpoint_format"] = "gptq_v2"
-        if plan.structure.block_lists[0] not in KNOWN_BLOCKS:
+        # Loaders that know no list take every numbered module for a block, those of a vision tower too.
+        elsewhere = any(re.search(r"\.\d+\.", e.layer.name) for e in plan.entries if e.layer.block is None)
+        if elsewhere or plan.structure.block_lists[0] not in KNOWN_BLOCKS:
             entries["block_name_to_quantize"] = plan.structure.block_lists[0]
         if rules := dynamic_rules(plan, base):
             entries["dynamic"] = rules

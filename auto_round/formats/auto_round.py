@@ -15,6 +15,7 @@ from auto_round import __version__
 from auto_round.config import CalibConfig, RunConfig
 from auto_round.formats.base import EXPORTERS, Container, activation_fields, differing_fields, head_entry, refusals
 from auto_round.formats.capability import Capability, SchemeSet
+from auto_round.formats.layer_rules import other_modules
 from auto_round.formats.llm_compressor import COMPRESSED_TENSORS, compressed_refusals
 from auto_round.formats.run_record import run_record
 from auto_round.layouts import LAYOUTS, Layout
@@ -97,6 +98,8 @@ class AutoRoundFormat:
             for entry in plan.entries
             if entry.layer.block is not None and (fields := differing_fields(entry.scheme, base))
         }
+        # Routers and experts that stay fused are no linear layers here, but engines make them ones.
+        extra |= {name: {"bits": 16} for name in other_modules(plan)}
         extra |= head_entry(plan)
         return entries | ({"extra_config": extra} if extra else {})
 

@@ -6,7 +6,7 @@ A format declares what it can hold; what it cannot is refused before any work, w
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -113,8 +113,11 @@ def refusals(exporter: Exporter, plan: Plan) -> list[str]:
     if texts:
         return texts
     grouped: dict[str, list[PlanEntry]] = {}
+    layouts: dict[QuantizationScheme, Layout | None] = {}
     for entry in plan.quantized().values():
-        layout = exporter.layout_for(entry.scheme, plan)
+        if entry.scheme not in layouts:
+            layouts[entry.scheme] = exporter.layout_for(entry.scheme, plan)
+        layout = layouts[entry.scheme]
         reason = layout.refuses(entry.scheme, entry.layer.shape) if layout is not None else None
         if reason:
             grouped.setdefault(reason, []).append(entry)
@@ -124,16 +127,19 @@ def refusals(exporter: Exporter, plan: Plan) -> list[str]:
     ]
 
 
-def copied_dtype(exporter: Exporter, plan: Plan, parameter: str | None, asked: str | None) -> str | None:
+def copied_dtype(
+    exporter: Exporter, quantized: Collection[str], parameter: str | None, asked: str | None
+) -> str | None:
     """Returns the dtype in which a floating-point tensor is written that is not packed; None: as it is.
 
     Args:
+        quantized: names of the weights that are quantized.
         parameter: its name within the model, if it is one of its parameters.
         asked: dtype of --model_dtype.
     """
     own = exporter.container.bias_dtype
     if own is not None and parameter is not None and parameter.endswith(".bias"):
-        if parameter.removesuffix("bias") + "weight" in plan.quantized():
+        if parameter.removesuffix("bias") + "weight" in quantized:
             return own
     return asked
 

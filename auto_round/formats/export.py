@@ -18,7 +18,8 @@ from torch import Tensor
 from auto_round.checkpoint import WeightSource, copy_side_files
 from auto_round.config import MODEL_DTYPES, RunConfig, parse_size
 from auto_round.errors import ConfigError
-from auto_round.formats.base import EXPORTERS, Exporter, FormatTarget, check, copied_dtype, targets
+from auto_round.formats.base import EXPORTERS, Exporter, FormatTarget, check, targets
+from auto_round.formats.packing import Joints, Packing, in_stored_names
 from auto_round.memory import release_freed
 from auto_round.plan import Plan
 from auto_round.shards import ShardWriter, clear_weights
@@ -54,19 +55,22 @@ def export(
     writer = ShardWriter(folder, parse_size(config.max_shard_size))
     owner = _owners(plan)
     keys = source.keys()
+    packing = Packing.of(exporter, plan)
+    joints = Joints(source, packing)
     by_block: dict[str, list[str]] = {}
     for key, name in keys.items():
         by_block.setdefault(owner(name), []).append(key)
     for block, block_keys in by_block.items():
         result = store.load(block) if block and store.has(block) else BlockResult({})
         for key in block_keys:
-            dtype = _torch_dtype(copied_dtype(exporter, plan, keys[key], asked))
-            for stored_key, tensor in _exported(exporter, plan, key, keys[key], source, result, dtype).items():
+            dtype = _torch_dtype(packing.copied_dtype(keys[key], asked))
+            written = _exported(packing, key, keys[key], source, result, dtype)
+            for stored_key, tensor in joints.joined(written).items():
                 writer.add(stored_key, tensor)
         for scale_name, scale in result.cache_scales.items():
             writer.add(scale_name, scale)
         release_freed()
-    for stored_key, tensor in _untied_head(exporter, plan, source, store, _torch_dtype(asked)).items():
+    for stored_key, tensor in _untied_head(packing, source, store, _torch_dtype(asked)).items():
         writer.add(stored_key, tensor)
     writer.close()
     _write_configs(exporter, folder, plan, source, config)
@@ -125,8 +129,7 @@ def _owners(plan: Plan) -> Any:
 
 
 def _exported(
-    exporter: Exporter,
-    plan: Plan,
+    packing: Packing,
     key: str,
     name: str | None,
     source: WeightSource,
@@ -143,31 +146,28 @@ def _exported(
         tensor = result.plain[name] if name in result.plain else source.read(key)
         return {key: tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor}
     original = source.read(key)
-    transposed = next(e.layer.transposed for e in plan.entries if e.layer.parameter == name)
-    return _packed(exporter, plan, key.removesuffix(".weight"), weight, dtype or original.dtype, transposed)
+    return _packed(packing, key.removesuffix(".weight"), name or "", weight, dtype or original.dtype)
 
 
-def _packed(
-    exporter: Exporter, plan: Plan, layer: str, weight: QuantizedTensor, dtype: torch.dtype, transposed: bool
-) -> dict[str, Tensor]:
-    layout = exporter.layout_for(weight.scheme, plan)
+def _packed(packing: Packing, layer: str, name: str, weight: QuantizedTensor, dtype: torch.dtype) -> dict[str, Tensor]:
+    layout = packing.layout(name)
     if layout is None:
         dense = weight.dequantize(dtype)
-        return {f"{layer}.weight": dense.t().contiguous() if transposed else dense}
+        return {f"{layer}.weight": dense.t().contiguous() if packing.entries[name].layer.transposed else dense}
     return {f"{layer}.{local}": tensor for local, tensor in layout.pack(weight).items()}
 
 
 def _untied_head(
-    exporter: Exporter, plan: Plan, source: WeightSource, store: RunStore, dtype: torch.dtype | None
+    packing: Packing, source: WeightSource, store: RunStore, dtype: torch.dtype | None
 ) -> dict[str, Tensor]:
     """Returns the tensors of a quantized output layer that the source does not store because it is tied."""
     stored = set(source.keys().values())
     tensors: dict[str, Tensor] = {}
-    for name, entry in plan.outside().items():
+    for name, entry in packing.plan.outside().items():
         if name not in stored:
             weight = store.load(HEAD_BLOCK).weights[name]
             own_dtype = dtype or source.tensors(entry.layer.name)[name].dtype
-            tensors |= _packed(exporter, plan, entry.layer.name, weight, own_dtype, entry.layer.transposed)
+            tensors |= _packed(packing, entry.layer.name, name, weight, own_dtype)
     return tensors
 
 
@@ -178,12 +178,12 @@ def _write_configs(exporter: Exporter, folder: Path, plan: Plan, source: WeightS
         model_config = json.loads(source.model.config.to_json_string(use_diff=True))
         model_config.setdefault("architectures", [type(source.model).__name__])
         model_config["dtype"] = str(source.model.dtype).removeprefix("torch.")
-    if plan.outside() and plan.structure.tied_head:
+    if plan.structure.tied_head and f"{plan.structure.head}.weight" in plan.outside():
         for part in (model_config, model_config.get("text_config", {})):
             part["tie_word_embeddings"] = False
     if config.model_dtype is not None:
         model_config["dtype"] = MODEL_DTYPES[config.model_dtype]
-    quantization = exporter.quantization_config(plan, config)
+    quantization = exporter.quantization_config(in_stored_names(plan, source.keys()), config)
     for stale in {file for _, other in EXPORTERS.items() for file in other.container.config_files}:
         (folder / stale).unlink(missing_ok=True)  # of an earlier export
     if quantization is not None:

@@ -23,6 +23,7 @@ from auto_round.device import compute_device, compute_dtype
 from auto_round.errors import CheckpointError
 from auto_round.formats.written import WrittenCheckpoint, WrittenWeight, listed
 from auto_round.memory import release_freed
+from auto_round.models.auto_class import media_token_ids
 from auto_round.models.base import head_name
 
 SAMPLES, TOKENS, SEED = 2, 16, 0
@@ -109,7 +110,7 @@ def _forward(
     if not _finite(hidden_NTH):
         return _broken("the embedding", {}, dtype)
     for index, name in enumerate(blocks):
-        hidden_NTH, tensors_of_block = _through_block(stream, index, hidden_NTH)
+        hidden_NTH, tensors_of_block = _through_block(stream, index, stream.before(index, hidden_NTH))
         if not _finite(hidden_NTH):
             return _broken(f"block {name}", tensors_of_block, dtype)
         del tensors_of_block  # else two blocks would be held while the next one is read
@@ -131,8 +132,12 @@ def _through_block(stream: BlockStream, index: int, hidden_NTH: Tensor) -> tuple
 
 
 def _random_tokens(source: CheckpointSource, length: int) -> Tensor:
+    """Returns (SAMPLES, length) ids of words; those that stand for pictures would want a picture."""
     words = source.model.get_input_embeddings().weight.shape[0]  # type: ignore[operator,union-attr]
-    return torch.randint(words, (SAMPLES, length), generator=torch.Generator().manual_seed(SEED))
+    ids = torch.randint(words, (SAMPLES, length), generator=torch.Generator().manual_seed(SEED))
+    media = torch.tensor(sorted(media_token_ids(source.model.config)), dtype=ids.dtype)
+    ordinary = next(word for word in range(words) if word not in media)
+    return torch.where(torch.isin(ids, media), ordinary, ids)
 
 
 def _finite(tensor: Tensor) -> bool:

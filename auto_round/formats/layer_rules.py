@@ -13,7 +13,7 @@ from auto_round.plan import FUSED_GROUPS, Plan
 from auto_round.schemes import QuantizationScheme
 
 # Name under which serving engines look up layers that they join. Source: packed_modules_mapping in vLLM and SGLang.
-FUSED_NAMES = dict(zip(FUSED_GROUPS, ("qkv_proj", "gate_up_proj"), strict=True))
+FUSED_NAMES = dict(zip(FUSED_GROUPS, ("qkv_proj", "gate_up_proj", "w13"), strict=True))
 
 # Scheme fields of a layer that differ from the base.
 Changes = tuple[tuple[str, Any], ...]

@@ -19,9 +19,10 @@ from torch import Tensor
 from auto_round.checkpoint import WeightSource
 from auto_round.config import MODEL_DTYPES, RunConfig
 from auto_round.errors import VerificationError
-from auto_round.formats.base import Exporter, copied_dtype
+from auto_round.formats.base import Exporter
 from auto_round.formats.export import HEAD_BLOCK
 from auto_round.formats.finite_logits import LogitsOutcome, check_logits
+from auto_round.formats.packing import Joints, Packing
 from auto_round.formats.written import TensorSpec, WrittenCheckpoint, WrittenWeight, listed
 from auto_round.plan import Plan
 from auto_round.store import RunStore
@@ -47,6 +48,7 @@ class Expected:
         specs: spec of every tensor, those of packed weights included.
         droppable: keys of source tensors that may be left out -> why.
         tied: parameters that have no tensor of their own because they share one.
+        joined: key of a fused tensor -> (key, parameter) of its slices, none of which is packed.
     """
 
     weights: Mapping[str, WrittenWeight]
@@ -54,6 +56,7 @@ class Expected:
     specs: Mapping[str, TensorSpec]
     droppable: Mapping[str, str]
     tied: tuple[str, ...]
+    joined: Mapping[str, tuple[tuple[str, str | None], ...]] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -95,13 +98,15 @@ def verify(
     dropped = {key: why for key, why in expected.droppable.items() if key not in written.specs}
     problems = [*written.problems, *_account(expected, written, dropped)]
     intact = {key for key, spec in expected.specs.items() if written.specs.get(key) == spec}
-    layers = [weight for weight in _sampled_weights(expected.weights) if weight.specs.keys() <= intact]
+    single = {key: weight for key, weight in expected.weights.items() if weight.specs}
+    layers = [weight for weight in _sampled_weights(single) if weight.specs.keys() <= intact]
     copies = _sampled_copies(expected, intact)
     outcome = LogitsOutcome("logits not computed")
     if not problems:
         outcome = check_logits(written, expected.weights, plan.structure.blocks, config)
     problems += _different_layers(layers, written, plan, store)
     problems += _different_copies(copies, expected, written, source, store)
+    problems += _different_joints(expected, intact, written, source, store)
     same = {name for name in intact & scales.keys() if torch.equal(scales[name], written.read(name))}
     problems += listed(
         "scales of the key/value cache that differ from the measured ones", intact & scales.keys() - same
@@ -122,17 +127,21 @@ def verify(
 
 def expected_tensors(exporter: Exporter, plan: Plan, source: WeightSource, config: RunConfig) -> Expected:
     """Returns what the checkpoint of a format has to hold, from the plan and the shapes of the source alone."""
-    quantized, keys = plan.quantized(), source.keys()
+    packing = Packing.of(exporter, plan)
+    joints = Joints(source, packing)
+    quantized, keys = packing.entries, source.keys()
     asked = MODEL_DTYPES[config.model_dtype] if config.model_dtype else None
-    weights, copies, specs = {}, {}, {}
+    weights, copies, specs, joined = {}, {}, {}, {}
     dtypes = {key: source.read(key).dtype for key, name in keys.items() if name in quantized}
     originals = {name: key for key, name in keys.items() if name in quantized}
     for name, entry in quantized.items():
         # A quantized output layer that is tied in the source has no key of its own there.
         key = originals.get(name, name)
         dtype = dtypes[key] if key in dtypes else source.tensors(entry.layer.name)[name].dtype
-        layout = exporter.layout_for(entry.scheme, plan)
-        if layout is None:
+        layout = packing.layout(name)
+        if layout is None and key in joints.keys:
+            own = {}
+        elif layout is None:
             shape = entry.layer.shape[::-1] if entry.layer.transposed else entry.layer.shape
             own = {key: TensorSpec(shape, asked or str(dtype).removeprefix("torch."))}
         else:
@@ -142,16 +151,20 @@ def expected_tensors(exporter: Exporter, plan: Plan, source: WeightSource, confi
         weights[key] = WrittenWeight(entry, key, layout, own, dtype)
         specs.update(own)
     for key, name in keys.items():
-        if name not in quantized:
+        if name not in quantized and key not in joints.keys:
             copies[key] = name
             tensor = source.read(key)
-            spec, written_in = TensorSpec.of(tensor), copied_dtype(exporter, plan, name, asked)
+            spec, written_in = TensorSpec.of(tensor), packing.copied_dtype(name, asked)
             change = written_in is not None and tensor.is_floating_point()
             specs[key] = dataclasses.replace(spec, dtype=written_in) if change else spec
+    for fused, parts in joints.parts.items():
+        joined[fused] = tuple((part, keys[part]) for part in parts)
+        spec = TensorSpec.of(source.join(fused, {part: source.read(part) for part in parts}))
+        specs[fused] = spec if asked is None else dataclasses.replace(spec, dtype=asked)
     tied, twins = _tied(source, set(quantized))
     droppable = {key: "no part of the model" for key in source.ignored()}
     droppable |= {key: "tied" for key, name in copies.items() if name in twins}
-    return Expected(weights, copies, specs, droppable, tied)
+    return Expected(weights, copies, specs, droppable, tied, joined)
 
 
 def _specs_of(tensors: Mapping[str, Tensor]) -> dict[str, TensorSpec]:
@@ -263,6 +276,29 @@ def _different_copies(
         if not _same_bytes(original.detach().cpu().to(found.dtype), found):
             different.append(key)
     return listed("copied tensors that differ from the source", different)
+
+
+def _different_joints(
+    expected: Expected, intact: set[str], written: WrittenCheckpoint, source: WeightSource, store: RunStore
+) -> list[str]:
+    """Returns the fused tensors of a sample that are not what their slices should be."""
+    different = []
+    for fused in _spread([key for key in expected.joined if key in intact], LAYERS_PER_SCHEME):
+        found = written.read(fused)
+        slices = expected.joined[fused]
+        results = [store.load(name) for name in store.finished() if any(_below(p, name) for _, p in slices)]
+        weights = {name: weight for result in results for name, weight in result.weights.items()}
+        tensors = {
+            key: weights[name].dequantize(found.dtype) if name in weights else source.read(key).to(found.dtype)
+            for key, name in slices
+        }
+        if not _same_bytes(source.join(fused, tensors), found):
+            different.append(fused)
+    return listed("fused tensors that differ from what their slices should be", different)
+
+
+def _below(parameter: str | None, block: str) -> bool:
+    return parameter is not None and parameter.startswith(block + ".")
 
 
 def _same(one: object, other: object) -> bool:

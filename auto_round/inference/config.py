@@ -65,23 +65,36 @@ class CheckpointConfig:
     group_index: bool = False
     act_order: bool = False
 
-    def resolve(self, name: str) -> LayerPlan | None:
+    def resolve(self, name: str, *others: str) -> LayerPlan | None:
         """Returns (scheme, layout name) of the linear layer `name`, or None if it is not quantized.
 
         The first that says something wins: modules_to_not_convert, the exact name in extra_config, a regular expression
         there. A layer not named so is quantized if it lies in the blocks and in modules_in_block_to_quantize; GPTQ's
         dynamic rules may then change or skip it.
 
+        Args:
+            name: in the model.
+            others: by which it may be known too, as that in the checkpoint.
         Raises:
             UnsupportedError: weights or activations of a kind that cannot be run.
             ConfigError: values that are no scheme.
         """
-        if any(_matches(key, name) for key in self.skipped):
+        names = tuple(dict.fromkeys((name, *others)))
+        if any(_matches(key, known) for key in self.skipped for known in names):
             return None
-        changes = self._listed(name)
-        if changes is None and not self._is_quantized_by_default(name):
+        listed = (self._listed(known) for known in names)
+        changes = next((found for found in listed if found is not None), None)
+        if changes is None and not any(self._is_quantized_by_default(known) for known in names):
             return None
-        return self._plan(self._dynamic(name) if changes is None else changes, name)
+        ruled = next((found for known in names if (found := self._dynamic(known))), {})
+        return self._plan(ruled if changes is None else changes, name)
+
+    def is_listed_as_plain(self, *names: str) -> bool:
+        """Whether a module is listed by one of its names as not quantized."""
+        listed = (self._listed(name) for name in names)
+        if any((found or {}).get("bits", 0) >= 16 for found in listed):
+            return True
+        return any(_matches(key, name) for key in self.skipped for name in names)
 
     def renamed(self, rename: Callable[[str], str]) -> CheckpointConfig:
         """Returns a config that also knows its names as `rename` gives them.
@@ -241,7 +254,7 @@ def _matches(key: str, name: str) -> bool:
 
 def _renamed(name: str, rename: Callable[[str], str]) -> str:
     # Renaming rules are written for tensor names.
-    return name if REGEX_SIGNS.search(name) else rename(f"{name}.weight").removesuffix(".weight")
+    return name if REGEX_SIGNS.search(name) else rename(name)
 
 
 def _as_dict(config: Any) -> dict[str, Any]:

@@ -16,13 +16,16 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from auto_round.conversion import model_conversions
 from auto_round.errors import CheckpointError, UnsupportedError
 from auto_round.inference.config import CheckpointConfig, read_config
+from auto_round.inference.experts import load_experts_by_name, unfuse_quantized_experts
 from auto_round.inference.input_quantization import why_no_range
 from auto_round.inference.layer import LayerSpec, QuantizedLinear
 from auto_round.inference.packing import DENSE
 from auto_round.inference.select import AUTO, hint, kernel_for, select_backends
 from auto_round.layouts import LAYOUTS
+from auto_round.models.experts import fused_experts
 
 logger = logging.getLogger(__name__)
 
@@ -55,8 +58,12 @@ def convert_hf_model(model: nn.Module, target_device: str = "cpu") -> tuple[nn.M
         UnsupportedError: something in the checkpoint, or for the named backend, cannot be run; with all reasons.
         ConfigError: an unknown backend.
     """
-    config = read_config(model.config.quantization_config).renamed(_checkpoint_renaming(model))
-    specs = _layer_specs(model, config, target_device)
+    renamings = _renamings(model)
+    config = read_config(model.config.quantization_config).renamed(_by(renamings))
+    stored_name = _by([renaming.reverse_transform() for renaming in reversed(renamings)])
+    if unfuse_quantized_experts(model, config, stored_name):
+        load_experts_by_name(model)
+    specs = _layer_specs(model, config, target_device, stored_name)
     _check(model, specs, config)
     backends = select_backends(specs, config.backend)
     better = hint(specs, backends) if config.backend == AUTO else None
@@ -68,6 +75,9 @@ def convert_hf_model(model: nn.Module, target_device: str = "cpu") -> tuple[nn.M
         device = model.get_submodule(spec.name).weight.device
         layer = QuantizedLinear(spec, backends[spec.name].prepare, device, choose_kernel)
         model.set_submodule(spec.name, layer)
+        # Transformers initialises what it takes for missing; some classes (SigLIP) do so to the weights of layers in
+        # them, which are gone. All that such a module holds is in the checkpoint.
+        model.get_submodule(spec.name.rpartition(".")[0])._is_hf_initialized = True  # type: ignore[assignment]
     counts = Counter(backend.name for backend in backends.values())
     return model, [name for name, _ in counts.most_common()]
 
@@ -108,12 +118,14 @@ def _accelerator(otherwise: str) -> str:
     return torch.accelerator.current_accelerator().type if torch.accelerator.is_available() else otherwise
 
 
-def _layer_specs(model: nn.Module, config: CheckpointConfig, device: str) -> list[LayerSpec]:
+def _layer_specs(
+    model: nn.Module, config: CheckpointConfig, device: str, stored_name: Callable[[str], str]
+) -> list[LayerSpec]:
     specs = []
     for name, module in model.named_modules():
         if not _is_linear(module):
             continue
-        plan = config.resolve(name)
+        plan = config.resolve(name, stored_name(name))
         if plan is None:
             continue
         shape = module.weight.shape
@@ -154,7 +166,9 @@ def _check(model: nn.Module, specs: Sequence[LayerSpec], config: CheckpointConfi
             problems.setdefault("a weight that is tied to the embedding cannot be quantized", []).append(spec.name)
     for name in _fused_experts(model):
         if config.resolve(name) is not None:
-            problems.setdefault("quantized experts, which this model fuses, cannot be loaded yet", []).append(name)
+            problems.setdefault(
+                "quantized experts, which this model fuses in its own way, cannot be loaded", []
+            ).append(name)
     if problems:
         lines = [f"{reason} ({len(names)} modules, e.g. {names[0]})" for reason, names in problems.items()]
         raise UnsupportedError("this checkpoint cannot be loaded: " + "; ".join(lines))
@@ -167,8 +181,11 @@ def _check(model: nn.Module, specs: Sequence[LayerSpec], config: CheckpointConfi
 
 
 def _fused_experts(model: nn.Module) -> Iterator[str]:
-    """Yields modules that hold the weights of all experts in one three-dimensional parameter each."""
+    """Yields modules that hold the weights of all experts in one parameter each, in a way that is not known."""
+    known = fused_experts(model)
     for name, module in model.named_modules():
+        if name in known:
+            continue
         if name.rpartition(".")[2] == "experts" and any(p.ndim == 3 for p in module.parameters(recurse=False)):
             yield name
 
@@ -204,18 +221,21 @@ def _check_loaded(model: nn.Module) -> None:
         )
 
 
-def _checkpoint_renaming(model: nn.Module) -> Callable[[str], str]:
-    """Returns the function by which Transformers turns a name in a checkpoint into the name in this model."""
+def _renamings(model: nn.Module) -> list[Any]:
+    """Returns the renamings by which Transformers turns a name in a checkpoint into the name in this model."""
     try:
-        from transformers.conversion_mapping import get_model_conversion_mapping
-        from transformers.core_model_loading import WeightRenaming
+        return model_conversions(model)[0]
     except ImportError:  # these are internals of Transformers 5
-        return lambda name: name
-    renamings = [entry for entry in get_model_conversion_mapping(model) if isinstance(entry, WeightRenaming)]
+        return []
+
+
+def _by(renamings: Sequence[Any]) -> Callable[[str], str]:
+    """Returns the function that applies renamings, which are written for names of tensors, to a name."""
 
     def rename(name: str) -> str:
+        tensor = f"{name}.weight"
         for renaming in renamings:
-            name, _ = renaming.rename_source_key(name)
-        return name
+            tensor, _ = renaming.rename_source_key(tensor)
+        return tensor.removesuffix(".weight")
 
     return rename

@@ -6,11 +6,14 @@ Works on any torch module, real or on the meta device. Knows nothing of schemes 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Collection, Mapping
 
 from torch import nn
 
 from auto_round.errors import UnsupportedError
 from auto_round.registry import Registry
+
+ROUTER = "router"
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -22,12 +25,14 @@ class LinearInfo:
         shape: (out features, in features).
         transposed: the parameter is stored (in, out), as in GPT-2's Conv1D.
         block: index of the block it is in, or None.
+        kept: why it can only stay in 16 bits, "" if it need not.
     """
 
     name: str
     shape: tuple[int, int]
     transposed: bool
     block: int | None
+    kept: str = ""
 
     @property
     def parameter(self) -> str:
@@ -57,7 +62,13 @@ class ModelStructure:
 
 
 class ModelFamily:
-    """How to find blocks. The default goes by structure; a family overrides what structure does not tell."""
+    """How to find blocks. The default goes by structure; a family overrides what structure does not tell.
+
+    Attributes:
+        expert_names: of an expert's gate, up and down projections, where checkpoints fuse them and thus have no names.
+    """
+
+    expert_names: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
 
     def block_lists(self, model: nn.Module) -> list[str]:
         """Returns the names of the module lists that hold the decoder's layers.
@@ -65,7 +76,7 @@ class ModelFamily:
         Raises:
             UnsupportedError: no list of layers was found.
         """
-        candidates = {}
+        candidates: dict[str, int] = {}
         for name, module in model.named_modules():
             if isinstance(module, nn.ModuleList) and not any(name.startswith(found + ".") for found in candidates):
                 size = sum(p.numel() for p in module.parameters())
@@ -75,7 +86,24 @@ class ModelFamily:
             raise UnsupportedError(
                 f"{type(model).__name__} has no list of layers with linear weights. Name it with --to_quant_block_names"
             )
-        return [max(candidates, key=lambda name: candidates[name])]
+        beside = _beside_embedding(model, list(candidates))
+        return [max(beside, key=lambda name: (-name.count("."), candidates[name]))]
+
+
+def _beside_embedding(model: nn.Module, lists: list[str]) -> list[str]:
+    """Returns the lists below the smallest module that holds the word embedding and any of them.
+
+    That is the text decoder; a vision tower, which may be larger, lies elsewhere or deeper.
+    """
+    get_embedding = getattr(model, "get_input_embeddings", None)
+    embedding = get_embedding() if callable(get_embedding) else None
+    place = next((name for name, module in model.named_modules() if module is embedding), "")
+    while place:
+        place = place.rpartition(".")[0]
+        below = [name for name in lists if not place or name.startswith(place + ".")]
+        if below:
+            return below
+    return lists
 
 
 FAMILIES: Registry[ModelFamily] = Registry("model family")
@@ -88,8 +116,8 @@ def family_of(model: nn.Module) -> ModelFamily:
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Whether a module is a plain linear layer, or GPT-2's transposed one."""
-    return isinstance(module, nn.Linear) or is_transposed(module)
+    """Whether a module is a plain linear layer, or GPT-2's transposed one. Those that do more (routers) are not."""
+    return (isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward) or is_transposed(module)
 
 
 def is_transposed(module: nn.Module) -> bool:
@@ -117,7 +145,13 @@ def discover(model: nn.Module, block_names: list[str] | None = None) -> ModelStr
         blocks += [f"{name}.{index}" for index in range(len(modules[name]))]
     owner = {block: index for index, block in enumerate(blocks)}
     linears = tuple(
-        LinearInfo(name, _linear_shape(module), is_transposed(module), _block_of(name, owner))
+        LinearInfo(
+            name,
+            _linear_shape(module),
+            is_transposed(module),
+            _block_of(name, owner),
+            _why_kept(name, modules),
+        )
         for name, module in modules.items()
         if is_linear(module)
     )
@@ -125,9 +159,42 @@ def discover(model: nn.Module, block_names: list[str] | None = None) -> ModelStr
     return ModelStructure(tuple(blocks), linears, tuple(lists), head_name(model), has_tied_head(model), other)
 
 
+def _why_kept(name: str, modules: Mapping[str, nn.Module]) -> str:
+    # torch's own mark: nn.MultiheadAttention multiplies with the weight itself and never calls the layer.
+    if isinstance(modules[name], nn.modules.linear.NonDynamicallyQuantizableLinear):
+        return "its weight is used without the layer"
+    return ROUTER if _is_router(name, modules) else ""
+
+
+def keep_joined(structure: ModelStructure, stored: Collection[str | None]) -> ModelStructure:
+    """Returns the structure with those linear layers kept whose weights a checkpoint stores joined with others.
+
+    Args:
+        stored: names of the parameters that are stored as they are.
+    """
+    linears = [
+        dataclasses.replace(linear, kept="the checkpoint stores it joined with other weights")
+        if linear.parameter not in stored and not (structure.tied_head and linear.name == structure.head)
+        else linear
+        for linear in structure.linears
+    ]
+    return dataclasses.replace(structure, linears=tuple(linears))
+
+
 def _linear_shape(module: nn.Module) -> tuple[int, int]:
     rows, columns = module.weight.shape  # type: ignore[misc,union-attr]
     return (columns, rows) if is_transposed(module) else (rows, columns)
+
+
+def _is_router(name: str, modules: Mapping[str, nn.Module]) -> bool:
+    """Whether a module stands beside a list of experts and has no more outputs than there are experts.
+
+    That is a router, or the gate of a shared expert with its single output.
+    """
+    experts = modules.get(f"{name.rpartition('.')[0]}.experts")
+    count = len(experts) if isinstance(experts, nn.ModuleList) else 0
+    weight = getattr(modules[name], "weight", None)
+    return weight is not None and weight.ndim == 2 and weight.shape[0] <= count
 
 
 def _block_of(name: str, owner: dict[str, int]) -> int | None:
@@ -147,19 +214,24 @@ def head_name(model: nn.Module) -> str | None:
 
 
 def has_tied_head(model: nn.Module) -> bool:
-    """Whether the output layer shares its weight with the embedding."""
-    config = getattr(model, "config", None)
-    text_config = config.get_text_config() if hasattr(config, "get_text_config") else config
-    return bool(head_name(model) and getattr(text_config, "tie_word_embeddings", False))
+    """Whether the output layer shares its weight with the embedding.
+
+    The parameters tell. Configs do not always: of two nested ones either may hold the flag that counts.
+    """
+    head = head_name(model)
+    embedding = model.get_input_embeddings() if head is not None else None  # type: ignore[operator]
+    return head is not None and getattr(embedding, "weight", None) is getattr(model.get_submodule(head), "weight", 0)
 
 
 def _other_weights(model: nn.Module, linear_parameters: set[str], owner: dict[str, int]) -> dict[str, str]:
-    reasons = {}
+    reasons, modules = {}, dict(model.named_modules())
     for name, parameter in model.named_parameters():
         if parameter.ndim < 2 or name in linear_parameters:
             continue
         inside = _block_of(name, owner) is not None
         reasons[name] = "not a linear layer" if inside else "embedding or other weight outside the blocks"
+        if _is_router(name.rpartition(".")[0], modules):
+            reasons[name] = ROUTER
         if parameter.ndim == 3 and inside:
-            reasons[name] = "fused experts are kept in 16 bits"
+            reasons[name] = "experts fused in a way that is not known are kept in 16 bits"
     return reasons

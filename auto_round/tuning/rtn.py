@@ -62,6 +62,8 @@ class SearchedRounding:
             name: round_searched(task.weight(name), scheme, importance.get(name), peaks.get(name))
             for name, scheme in task.schemes.items()
         }
-        idle = sorted(set(task.schemes) - set(importance))
+        # Experts are told by `tune`, one by one and not weight by weight.
+        experts = tuple(f"{name}." for name in task.block.experts())
+        idle = sorted(name for name in set(task.schemes) - set(importance) if not name.startswith(experts))
         note = f"calibration never reached {', '.join(idle)}; unweighted search there" if idle else ""
         return BlockResult(weights, note=note)

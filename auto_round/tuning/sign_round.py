@@ -24,89 +24,23 @@ from torch import Tensor
 from auto_round import distributed
 from auto_round.config import TuneConfig
 from auto_round.data_types import DATA_TYPES
-from auto_round.data_types.base import DataType, Range
 from auto_round.memory import release_freed
 from auto_round.schemes import QuantizationScheme
-from auto_round.tensors import ROW_FIELDS, BlockResult, QuantizedTensor, to_groups
+from auto_round.tensors import ROW_FIELDS, BlockResult, QuantizedTensor
 from auto_round.tuning.base import TuningTask
 from auto_round.tuning.capture import compiled_or_eager, repeat_on_device
+from auto_round.tuning.fused_step import FusedWeight, fused_weight
 from auto_round.tuning.rtn import PlainRounding, SearchedRounding
 from auto_round.tuning.sampling import sample_order
+from auto_round.tuning.squared_error import squared_error
 from auto_round.tuning.statistics import channel_importance, output_sensitivity
+from auto_round.tuning.tuned_weight import Curvature, TunedWeight
 
-CURVATURE_SHARE = 0.5  # theta: the diagonal ignores what attention couples, so only half of it is believed
 WIDE_REACH_BITS = 3  # up to this width an offset may travel a whole step of the grid, above it half of one
 PROBE_BATCHES = 2
-CLIP_BOUNDS = (0.5, 1.5)  # around the searched scale; the min-max range is only one of its candidates
 # Blocks up to this many weights spend their time in kernel launches; larger ones would only pay the graph's memory.
 CAPTURED_WEIGHTS = 50_000_000
-# A step works on so many weights at a time: on a GPU (False) and on a CPU (True), where less stays in the cache.
-PIECE_ELEMENTS = {False: 1 << 25, True: 1 << 18}
 NORM_STEP = 0.1  # norms and biases move by this share of a clip factor's step, relative to their own size
-
-
-@dataclasses.dataclass(frozen=True, slots=True, eq=False)
-class Curvature:
-    """Diagonal of a weight's Gauss-Newton matrix, of rank one: h_ij = outputs_i * inputs_j, (O,) and (I,) float32."""
-
-    outputs: Tensor
-    inputs: Tensor
-
-
-@dataclasses.dataclass(slots=True, eq=False)
-class TunedWeight:
-    """One weight while it is tuned; lives only as long as its block."""
-
-    weight: Tensor
-    scheme: QuantizationScheme
-    data_type: DataType
-    range_: Range
-    params: dict[str, Tensor]
-    curvature: Curvature | None
-    reach: float
-
-    def pieces(self) -> list[tuple[slice, TunedWeight]]:
-        """Returns views of some rows each, so that the intermediates of a step stay small; one if scales are shared."""
-        rows, width = self.weight.shape
-        step = max(1, PIECE_ELEMENTS[self.weight.device.type == "cpu"] // width)
-        if step >= rows or not isinstance(self.scheme.group_size, int) or self.scheme.group_size == 0:
-            return [(slice(0, rows), self)]
-        return [(slice(start, start + step), self._rows(slice(start, start + step))) for start in range(0, rows, step)]
-
-    def _rows(self, rows: slice) -> TunedWeight:
-        curvature = self.curvature and Curvature(self.curvature.outputs[rows], self.curvature.inputs)
-        range_ = {name: tensor[rows] for name, tensor in self.range_.items()}
-        params = {name: tensor[rows] for name, tensor in self.params.items()}
-        return dataclasses.replace(self, weight=self.weight[rows], range_=range_, params=params, curvature=curvature)
-
-    def encoded(self) -> QuantizedTensor:
-        """Returns the codes, scales and zero points that the weight stands for now."""
-        return self.data_type.encode(self.weight, self.scheme, self.range_, self.params)
-
-    @torch.no_grad()
-    def dequantized(self) -> Tensor:
-        """Returns (O, I) float32 fake-quantized weights."""
-        pieces = [
-            part.data_type.fake_quantize(part.weight, part.scheme, part.range_, part.params)
-            for _, part in self.pieces()
-        ]
-        return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
-
-    def gradients(self, gradient_OI: Tensor) -> dict[str, Tensor]:
-        """Returns the gradients of the parameters for a gradient of the dequantized weight.
-
-        They are straight-through gradients, to which the curvature adds theta s^2 h (u - round(u)) if it is known.
-        """
-        leaves = {name: tensor.detach().requires_grad_() for name, tensor in self.params.items()}
-        with torch.enable_grad():
-            fake = self.data_type.fake_quantize(self.weight, self.scheme, self.range_, leaves)
-        found = dict(zip(leaves, torch.autograd.grad(fake, list(leaves.values()), gradient_OI.float()), strict=True))
-        if self.curvature is not None:
-            state = self.data_type.rounding_state(self.weight, self.scheme, self.range_, self.params)
-            inputs_1GK = to_groups(self.curvature.inputs[None], self.scheme.group_size)
-            pull = state.scale.square() * self.curvature.outputs[:, None, None] * inputs_1GK * state.residual
-            found["rounding"] = found["rounding"] + CURVATURE_SHARE * pull * state.in_range
-        return found
 
 
 class SignRound:
@@ -142,8 +76,10 @@ class _BlockRun:
         self.forward = compiled_or_eager(task.block.forward) if config.enable_torch_compile else task.block.forward
         assert task.targets is not None
         self.elements_per_token = task.targets.shape[-1]
+        self.fused = _fused_weights(task, self.weights) if self.adam is None else {}
         device = task.block.device
         self.decay = torch.ones((), device=device)
+        self.unit = 1.0
         self.step_number = torch.zeros((), dtype=torch.int64, device=device)
         self.all_finite = torch.ones((), dtype=torch.bool, device=device)
         self.best_loss = torch.full((), math.inf, device=device)
@@ -193,13 +129,24 @@ class _BlockRun:
         """
         for name, tensor in replaced.items():
             tensor.register_post_accumulate_grad_hook(functools.partial(self._consume, name))
-        loss = self._squared_error(samples, replaced) / (self._token_count(samples) * self.elements_per_token)
-        self._note_loss(loss.detach())
-        loss.backward()
+        elements = self._token_count(samples) * self.elements_per_token
+        error = self._squared_error(samples, replaced)
+        self._note_loss(error.detach() / elements)
+        self.unit = 1 / (elements * self._backward_factor(elements))
+        (error * self._backward_factor(elements)).backward()
+
+    def _backward_factor(self, elements: int) -> float:
+        """Returns what squared errors are multiplied with before the backward pass: 1 / elements, their mean.
+
+        In float16 that would vanish; there gradients of outputs stay between 2**-24 and 2**15 for differences between
+        2**-19 and 2**20. Only signs and ratios of gradients count.
+        """
+        return 2.0**-6 if self.task.block.dtype == torch.float16 else 1 / elements
 
     def _consume(self, name: str, tensor: Tensor) -> None:
         assert tensor.grad is not None
-        self._move({name: tensor.grad})
+        gradient = tensor.grad if name in self.fused else tensor.grad.float() * self.unit
+        self._move({name: gradient}, self.unit)
         tensor.grad = None
 
     @torch.no_grad()
@@ -218,7 +165,12 @@ class _BlockRun:
 
     def dequantized(self, *, requires_grad: bool = False) -> dict[str, Tensor]:
         """Returns what the block runs with: fake-quantized weights and tuned norms, by full name."""
-        replaced = {n: self.task.as_parameter(n, w.dequantized()) for n, w in self.weights.items()}
+        replaced = {
+            name: self.fused[name].dequantized
+            if name in self.fused
+            else self.task.as_parameter(name, tuned.dequantized())
+            for name, tuned in self.weights.items()
+        }
         replaced.update({name: tensor.to(self.task.block.dtype) for name, tensor in self.plain.items()})
         return {name: t.detach().requires_grad_(requires_grad) for name, t in replaced.items()}
 
@@ -230,16 +182,18 @@ class _BlockRun:
         names = list(replaced)
         total = torch.zeros((), device=self.task.block.device)
         gradients: dict[str, Tensor] = {}
-        tokens = self._token_count(samples)
+        elements = self._token_count(samples) * self.elements_per_token
+        factor = self._backward_factor(elements)
         shares = samples.chunk(distributed.world_size())
         mine = shares[distributed.rank()].split(self.config.batch_size) if distributed.rank() < len(shares) else ()
         for batch in mine:
-            loss = self._squared_error(batch, replaced) / (tokens * self.elements_per_token)
-            found = torch.autograd.grad(loss, [replaced[name] for name in names], allow_unused=True)
+            error = self._squared_error(batch, replaced)
+            found = torch.autograd.grad(error * factor, [replaced[name] for name in names], allow_unused=True)
             for name, gradient in zip(names, found, strict=True):
                 if gradient is not None:
-                    gradients[name] = gradients[name] + gradient.float() if name in gradients else gradient.float()
-            total += loss.detach()
+                    scaled = gradient.float() / (elements * factor)
+                    gradients[name] = gradients[name] + scaled if name in gradients else scaled
+            total += error.detach() / elements
         if distributed.world_size() > 1:
             for name in names:
                 gradients.setdefault(name, torch.zeros_like(replaced[name], dtype=torch.float32).detach())
@@ -248,12 +202,16 @@ class _BlockRun:
         return total, gradients
 
     @torch.no_grad()
-    def _move(self, gradients: Mapping[str, Tensor]) -> None:
-        """Moves every parameter by the sign of its gradient (or by AdamW)."""
+    def _move(self, gradients: Mapping[str, Tensor], unit: float = 1.0) -> None:
+        """Moves every parameter by the sign of its gradient (or by AdamW); kernels multiply theirs by `unit`."""
         config = self.config
         clip_step = config.clip_step if config.enable_minmax_tuning else 0.0
         for name, tuned in self.weights.items():
             if name not in gradients:
+                continue
+            if name in self.fused:
+                rounding_step = config.rounding_step * 2 * tuned.reach
+                self.fused[name].move(gradients[name], self.decay, rounding_step, clip_step, unit)
                 continue
             gradient = gradients[name].t() if name in self.task.transposed else gradients[name]
             for rows, part in tuned.pieces() if self.adam is None else [(slice(None), tuned)]:
@@ -269,8 +227,8 @@ class _BlockRun:
                 group["lr"] = group["initial_lr"] * float(self.decay)
             self.adam.step()
         for name, tuned in self.weights.items():
-            if name in gradients:
-                _keep_in_bounds(tuned)
+            if name in gradients and name not in self.fused:
+                tuned.keep_in_bounds()
 
     def _move_one(self, tensor: Tensor, gradient: Tensor, size: float) -> None:
         if self.adam is not None:
@@ -291,10 +249,8 @@ class _BlockRun:
         device = task.block.device
         where = samples.to(task.inputs.device)
         output = self.forward(task.inputs[where].to(device), samples, replaced)
-        error = (output.float() - task.targets[where].to(device).float()).square()
-        if task.mask is not None:
-            error = error * task.mask[samples].to(device)[..., None]
-        return error.sum()
+        weight = None if task.mask is None else task.mask[samples].to(device)[..., None]
+        return squared_error(output, task.targets[where].to(device), weight)
 
     def _token_count(self, samples: Tensor) -> int:
         if self.task.mask is None:
@@ -337,6 +293,12 @@ def _make_weights(task: TuningTask, config: TuneConfig) -> dict[str, TunedWeight
     return weights
 
 
+def _fused_weights(task: TuningTask, weights: Mapping[str, TunedWeight]) -> dict[str, FusedWeight]:
+    """Returns those weights whose steps a kernel takes."""
+    found = {name: fused_weight(w, task.block.dtype) for name, w in weights.items() if name not in task.transposed}
+    return {name: fused for name, fused in found.items() if fused is not None}
+
+
 def _reach(scheme: QuantizationScheme, config: TuneConfig) -> float:
     """Returns how far a rounding offset may travel, in steps of the grid."""
     return 1.0 if config.enable_alg_ext and scheme.bits <= WIDE_REACH_BITS else 0.5
@@ -348,12 +310,6 @@ def _keep_where(condition: Tensor, now: QuantizedTensor, kept: QuantizedTensor, 
         value, place = getattr(now, field), getattr(kept, field)
         if value is not None:
             torch.where(condition, value, place[rows], out=place[rows])
-
-
-def _keep_in_bounds(tuned: TunedWeight) -> None:
-    for parameter, tensor in tuned.params.items():
-        low, high = (-tuned.reach, tuned.reach) if parameter == "rounding" else CLIP_BOUNDS
-        tensor.clamp_(low, high)
 
 
 def _plain_parameters(task: TuningTask) -> dict[str, Tensor]:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from auto_round.blocks import Block
+from auto_round.models.experts import LinearExperts, every_expert_sees_all_tokens
 from auto_round.schemes import QuantizationScheme
 
 LARGEST_PRODUCTS = 256  # channels of a group; larger groups would take more memory than their weights
@@ -36,6 +38,26 @@ def input_peaks(
 
     _see_inputs(block, inputs_NTH, batches, weights, mask_NT, keep)
     return peaks
+
+
+@torch.no_grad()
+def expert_tokens(block: Block, inputs_NTH: Tensor, batches: Sequence[slice]) -> dict[str, list[int]]:
+    """Returns name of a list of experts -> how many calibration tokens were routed to each, padding included."""
+    counts: dict[str, Tensor] = {}
+
+    def count(name: str, experts: LinearExperts, args: tuple[Any, ...]) -> None:
+        counts[name] = counts.get(name, 0) + experts.token_counts(*args)
+
+    handles = []
+    try:
+        for name, experts in block.experts().items():
+            handles.append(experts.register_forward_pre_hook(functools.partial(count, name)))
+        for piece in batches if handles else ():
+            block.forward(inputs_NTH[piece].to(block.device), torch.arange(piece.start, piece.stop))
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {name: tokens.tolist() for name, tokens in counts.items()}
 
 
 @torch.no_grad()
@@ -130,7 +152,8 @@ def _see_inputs(
         seen = module_input.detach()
         keep(name, seen[real] if real is not None and seen.shape[:-1] == real.shape else seen.flatten(0, -2))
 
-    with _watched(block, weights, hook):
+    routing = every_expert_sees_all_tokens() if block.shows_all_experts else contextlib.nullcontext()
+    with _watched(block, weights, hook), routing:
         for piece in batches:
             real = None if mask_NT is None else mask_NT[piece].to(block.device)
             block.forward(inputs_NTH[piece].to(block.device), torch.arange(piece.start, piece.stop))

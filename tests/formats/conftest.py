@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from auto_round import pipeline
 from auto_round.config import RunConfig
+from auto_round.conversion import unfuse
 from auto_round.plan import Plan
 from auto_round.tensors import QuantizedTensor
 
@@ -40,9 +41,10 @@ class Exported:
         if any(name.startswith("lm_head") for name in self.weights):
             model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
         transposed = {entry.layer.parameter for entry in self.plan.entries if entry.layer.transposed}
+        own = unfuse(model).model  # shares its weights
         for name, weight in self.weights.items():
             dense = weight.dequantize()
-            model.get_parameter(name).data.copy_(dense.t() if name in transposed else dense)
+            own.get_parameter(name).data.copy_(dense.t() if name in transposed else dense)
         return model
 
 

@@ -101,7 +101,7 @@ def test_formats_that_can_hold_a_plan_are_named_the_default_first_and_fake_last(
 )
 def test_biases_of_quantized_layers_have_the_dtype_of_the_container(make_model, name, parameter, asked, dtype):
     plan = plan_of(make_model("opt"), bits=4, fp_layers="fc2")
-    assert copied_dtype(EXPORTERS[name], plan, parameter, asked) == dtype
+    assert copied_dtype(EXPORTERS[name], plan.quantized(), parameter, asked) == dtype
 
 
 def test_what_a_layout_refuses_is_refused_though_the_format_declares_it(make_model):

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, CompressedTensorsConfig
 
 from auto_round import pipeline
 from auto_round.config import RunConfig
+from auto_round.conversion import unfuse
 from auto_round.data_types.activations import quantize_activation
 from auto_round.formats import EXPORTERS
 from auto_round.formats.llm_compressor import activation_args, compression_format, weight_args
@@ -63,7 +64,7 @@ class Written:
 
     def expected(self, dtype: torch.dtype) -> Any:
         """Returns the model with dequantized weights and quantized activations of our own."""
-        model = AutoModelForCausalLM.from_pretrained(self.source, dtype=dtype).eval()
+        model = unfuse(AutoModelForCausalLM.from_pretrained(self.source, dtype=dtype).eval()).model
         for entry in self.plan.quantized().values():
             weight, module = self.weights[entry.layer.parameter], model.get_submodule(entry.layer.name)
             module.weight = torch.nn.Parameter(weight.dequantize(dtype))  # of its own, if it was tied
@@ -531,11 +532,20 @@ def test_a_bfloat16_model_keeps_bfloat16_scales_only(scale_dtype, exact, write, 
     assert all(same) is exact
 
 
-def test_experts_and_routers_stay_and_load(write, token_ids):
-    written, ids = write("qwen3_moe", model={}, scheme="MXFP8"), token_ids(2, 16)
-    assert "model.layers.0.self_attn.q_proj.weight" in written.weights
-    theirs = logits_of(load(written.folder, torch.bfloat16), ids)
-    assert torch.equal(theirs, logits_of(written.expected(torch.bfloat16), ids))
+def test_experts_load_and_routers_stay(write):
+    """Transformers dequantizes experts in 16 bits; MXFP8 ones not at all (5.23 fails on scales of groups)."""
+    written = write("qwen3_moe", model={}, scheme="W4A16G32")
+    loaded = load(written.folder)
+    for index, layer in enumerate(loaded.model.layers):
+        stem = f"model.layers.{index}.mlp.experts"
+        for number in range(4):
+            down = written.weights[f"{stem}.{number}.down_proj.weight"].dequantize()
+            torch.testing.assert_close(layer.mlp.experts.down_proj[number].float(), down, rtol=2**-8, atol=0)
+            weights = [written.weights[f"{stem}.{number}.{leaf}.weight"] for leaf in ("gate_proj", "up_proj")]
+            wide = torch.cat([weight.dequantize() for weight in weights])
+            torch.testing.assert_close(layer.mlp.experts.gate_up_proj[number].float(), wide, rtol=2**-8, atol=0)
+    original = AutoModelForCausalLM.from_pretrained(written.source, dtype=torch.float32)
+    assert torch.equal(loaded.model.layers[0].mlp.gate.weight, original.model.layers[0].mlp.gate.weight)
 
 
 def test_a_tied_output_layer_is_untied_and_loads(write, token_ids):

@@ -4,10 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
-import re
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -196,20 +192,3 @@ def write_config() -> Callable[..., dict[str, Any]]:
         return {**base, **scheme, "block_name_to_quantize": "model.layers", **fields}
 
     return make
-
-
-@pytest.fixture
-def run_interpreted() -> Callable[[str], int]:
-    """Returns run(file) -> how many tests of a file pass in a process of their own with Triton's interpreter.
-
-    Triton decides about interpretation when it is imported, so it cannot be switched on here.
-    """
-
-    def run(file: str) -> int:
-        command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-p", "no:xdist", file]
-        environment = {**os.environ, "TRITON_INTERPRET": "1"}
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
-        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
-        return int(re.search(r"(\d+) passed", done.stdout)[1])
-
-    return run

@@ -259,11 +259,12 @@ def test_a_config_that_does_not_fit_the_model_is_refused(write_config, values, o
         convert_hf_model(model, "cpu")
 
 
-def test_fused_experts_are_refused(write_config):
+def test_experts_that_are_fused_in_an_unknown_way_are_refused(write_config):
     config = Qwen3MoeConfig(hidden_size=32, num_hidden_layers=1, num_experts=2, vocab_size=32, moe_intermediate_size=32)
     config.quantization_config = write_config()
     with torch.device("meta"):
         model = Qwen3MoeForCausalLM(config)
+        model.model.layers[0].mlp.experts.scale = torch.nn.Parameter(torch.ones(2))
     with pytest.raises(UnsupportedError, match=r"quantized experts.*e\.g\. model\.layers\.0\.mlp\.experts"):
         convert_hf_model(model, "cpu")
 

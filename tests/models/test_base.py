@@ -111,7 +111,9 @@ def test_fused_experts_are_named_with_the_reason_they_stay():
     assert not any("experts" in name for name in leaves(structure, 0))
     experts = [name for name in structure.other_weights if ".experts." in name]
     assert len(experts) == 4
-    assert {structure.other_weights[name] for name in experts} == {"fused experts are kept in 16 bits"}
+    assert {structure.other_weights[name] for name in experts} == {
+        "experts fused in a way that is not known are kept in 16 bits"
+    }
 
 
 def test_every_weight_with_two_dimensions_is_a_linear_layer_or_has_a_reason():

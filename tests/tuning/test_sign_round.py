@@ -13,8 +13,9 @@ from auto_round.layouts import LAYOUTS
 from auto_round.schemes import QuantizationScheme, to_scheme
 from auto_round.tensors import BlockResult, to_groups
 from auto_round.tuning import PlainRounding, SearchedRounding, SignRound, round_searched
-from auto_round.tuning.sign_round import CLIP_BOUNDS, _BlockRun, _decay
+from auto_round.tuning.sign_round import _BlockRun, _decay
 from auto_round.tuning.statistics import channel_importance
+from auto_round.tuning.tuned_weight import CLIP_BOUNDS
 
 W2 = QuantizationScheme(bits=2, group_size=32)
 W2A = QuantizationScheme(bits=2, group_size=32, sym=False)
@@ -303,7 +304,7 @@ def test_curvature_pulls_an_offset_to_the_nearest_level(make_task):
 def test_working_on_pieces_of_a_weight_changes_nothing(make_task, monkeypatch):
     task = make_task(W2)
     whole = tune(task, iters=4, enable_alg_ext=True)
-    monkeypatch.setattr("auto_round.tuning.sign_round.PIECE_ELEMENTS", {False: 640, True: 640})
+    monkeypatch.setattr("auto_round.tuning.tuned_weight.PIECE_ELEMENTS", {False: 640, True: 640})
     pieces = tune(task, iters=4, enable_alg_ext=True)
     for name, weight in whole.weights.items():
         assert torch.equal(weight.codes, pieces.weights[name].codes)
@@ -407,3 +408,14 @@ def test_moving_weights_during_the_backward_pass_changes_nothing(extra, make_tas
     for name, weight in early.weights.items():
         assert torch.equal(weight.codes, late.weights[name].codes)
         assert torch.equal(weight.scale, late.weights[name].scale)
+
+
+def test_gradients_of_a_float16_block_do_not_vanish(make_task):
+    """Scaled before the backward pass; the mean over 8 x 2048 x 4096 outputs would be below float16's numbers."""
+    task = make_task(W4)
+    was = task.block
+    block = Block(was.names, was.modules, was.calls, was.tensors, was.device, torch.float16)
+    run = _BlockRun(dataclasses.replace(task, block=block, inputs=task.inputs.half()), config_of())
+    factors = [run._backward_factor(elements) for elements in (1, 8 * 2048 * 4096)]
+    assert factors == [2.0**-6, 2.0**-6]
+    assert _BlockRun(task, config_of())._backward_factor(1000) == 1 / 1000

@@ -1,7 +1,7 @@
 """Time of quantized linear layers on an NVIDIA GPU, against PyTorch's bfloat16 product.
 
-    python benchmarks/kernels.py
-    python benchmarks/kernels.py --bits 2 --group_size 64 --asym --layout awq --backends triton
+    python benchmarks/gpu_linear.py
+    python benchmarks/gpu_linear.py --bits 2 --group_size 64 --asym --layout awq --backends triton
 
 For each shape (out x in features; default: the layers of Llama-3-8B), backend and number of tokens: microseconds,
 speed against bfloat16, and for few tokens the share of the memory bound, which is the time to copy as many bytes as the

@@ -1,0 +1,132 @@
+"""Seconds and GPU memory of tuning one block of a model of random weights, here or in Intel's auto-round.
+
+    python benchmarks/tuning.py --shape 8b
+    PYTHONPATH=/tmp/reference python benchmarks/tuning.py --shape 8b --options '{"enable_torch_compile": true}'
+
+The script takes whichever `auto_round` is on the path. Seconds of a block are the difference between a run of
+`--blocks` blocks and one of a single block, divided by the blocks between, so that loading, compiling and what happens
+once are left out. The last lines give the block's own forward and backward pass without quantization, eager, and the
+arithmetic floor: its matrix products at the rate of a large one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+# hidden, intermediate, heads, key/value heads
+SHAPES = {"8b": (4096, 14336, 32, 8), "0.6b": (1024, 3072, 16, 8), "tiny": (64, 128, 4, 2)}
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", default="8b", choices=list(SHAPES))
+    parser.add_argument("--blocks", type=int, default=3)
+    parser.add_argument("--iters", type=int, default=200)
+    parser.add_argument("--nsamples", type=int, default=128)
+    parser.add_argument("--seqlen", type=int, default=2048)
+    parser.add_argument("--batch_size", type=int, default=8)
+    parser.add_argument("--scheme", default="W4A16")
+    parser.add_argument("--options", default="{}", help="JSON of further keywords of AutoRound")
+    parser.add_argument("--floor", action="store_true", help="measure the block alone, too")
+    return parser.parse_args()
+
+
+def random_model(shape: str, blocks: int, seqlen: int) -> LlamaForCausalLM:
+    """Returns a bfloat16 Llama with a vocabulary of 1000."""
+    hidden, intermediate, heads, kv_heads = SHAPES[shape]
+    config = LlamaConfig(
+        vocab_size=1000, hidden_size=hidden, intermediate_size=intermediate, num_hidden_layers=blocks,
+        num_attention_heads=heads, num_key_value_heads=kv_heads, max_position_embeddings=max(2048, seqlen),
+        tie_word_embeddings=False, dtype="bfloat16",
+    )  # fmt: skip
+    torch.manual_seed(0)
+    with torch.device("cuda"):
+        return LlamaForCausalLM(config).to(torch.bfloat16).eval()
+
+
+def tune(arguments: argparse.Namespace, blocks: int) -> tuple[float, float]:
+    """Returns seconds of tuning a model and GiB of GPU memory at the peak, beyond the model."""
+    from auto_round import AutoRound
+
+    model = random_model(arguments.shape, blocks, arguments.seqlen)
+    tokens = torch.randint(0, 1000, (arguments.nsamples, arguments.seqlen), generator=torch.Generator().manual_seed(1))
+    dataset = [{"input_ids": row[None], "attention_mask": torch.ones_like(row[None])} for row in tokens]
+    tokenizer = SimpleNamespace(pad_token_id=0, name_or_path="", bos_token_id=None, eos_token_id=None)
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    held = torch.cuda.memory_allocated()
+    started = time.monotonic()
+    AutoRound(
+        model, tokenizer, scheme=arguments.scheme, dataset=dataset, nsamples=arguments.nsamples,
+        seqlen=arguments.seqlen, batch_size=arguments.batch_size, iters=arguments.iters, device_map="cuda:0",
+        **json.loads(arguments.options),
+    ).quantize()  # fmt: skip
+    torch.cuda.synchronize()
+    return time.monotonic() - started, (torch.cuda.max_memory_allocated() - held) / 2**30
+
+
+def matmul_rate() -> float:
+    """Returns floating-point operations per second of a large bfloat16 matrix product."""
+    a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    return 2 * 8192**3 / seconds_of(lambda: a @ b)
+
+
+def seconds_of(call: Any, repeats: int = 10) -> float:
+    """Returns the mean time of a call on the GPU after three others."""
+    for _ in range(3):
+        call()
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    start.record()
+    for _ in range(repeats):
+        call()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1e3 / repeats
+
+
+def block_alone(arguments: argparse.Namespace) -> float:
+    """Returns seconds of one forward and backward pass of a block over a batch, gradients of its weights only."""
+    model = random_model(arguments.shape, 1, arguments.seqlen)
+    layer, rotary = model.model.layers[0], model.model.rotary_emb
+    x = torch.randn(
+        arguments.batch_size, arguments.seqlen, SHAPES[arguments.shape][0], device="cuda", dtype=torch.bfloat16
+    )
+    positions = rotary(x, torch.arange(arguments.seqlen, device="cuda")[None])
+
+    def step() -> None:
+        output = layer(x, position_embeddings=positions, attention_mask=None)
+        (output if torch.is_tensor(output) else output[0]).float().square().mean().backward()
+        layer.zero_grad(set_to_none=True)
+
+    return seconds_of(step)
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    import auto_round
+
+    print(f"{torch.cuda.get_device_name()}, auto-round {auto_round.__version__}, {arguments.shape} {arguments.options}")
+    one, _ = tune(arguments, 1)
+    torch.cuda.empty_cache()
+    several, memory = tune(arguments, arguments.blocks)
+    block = (several - one) / (arguments.blocks - 1)
+    print(f"{block:.2f} s a block, {one:.1f} s the first; {memory:.1f} GiB", flush=True)
+    if arguments.floor:
+        hidden, intermediate, heads, kv_heads = SHAPES[arguments.shape]
+        weights = hidden * (2 * hidden + 2 * hidden * kv_heads // heads + 3 * intermediate)
+        tokens = arguments.batch_size * arguments.seqlen
+        # Forward, gradients of weights, and of inputs but for those of q, k and v.
+        into_norm = hidden * (hidden + 2 * hidden * kv_heads // heads)
+        floor = 2 * tokens * (3 * weights - into_norm) / matmul_rate() * arguments.iters
+        print(f"block alone {block_alone(arguments) * arguments.iters:.2f} s, matrix products {floor:.2f} s")
+
+
+if __name__ == "__main__":
+    main()
