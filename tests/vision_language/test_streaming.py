@@ -62,7 +62,7 @@ def full_forward(model, calls):
 def same(found, expected, source):
     """Whether values are equal, but for the order of sums.
 
-    Alignment sets it where weights are mapped from a file; experts are layers one by one here, one product in the model.
+    Alignment sets it where weights are mapped from a file; experts are layers here, one product in the model.
     """
     if source.folder is None and source.original is source.model:
         return torch.equal(found, expected)
