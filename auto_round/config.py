@@ -124,7 +124,9 @@ class TuneConfig:
     enable_quanted_input: bool = option(
         True, "tune a block on the outputs of the quantized blocks before it", off="--disable_quanted_input"
     )
-    enable_minmax_tuning: bool = option(True, "tune clip ranges", off="--disable_minmax_tuning")
+    enable_minmax_tuning: bool | None = option(
+        None, "tune clip ranges (default: of integers, where it helps)", off="--disable_minmax_tuning"
+    )
     enable_norm_bias_tuning: bool = option(False, "tune norm weights and biases of blocks too")
     enable_alg_ext: bool = option(False, "curvature-corrected sign steps: better at 2 to 4 bits")
     not_use_best_mse: bool = option(
