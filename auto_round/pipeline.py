@@ -6,6 +6,7 @@ Both the command line and the API end here. State lives in the block stream (act
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import logging
 import time
@@ -16,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from auto_round import __version__, distributed
+from auto_round import __version__, distributed, end_to_end
 from auto_round.blocks import Block, BlockStream
 from auto_round.calibration import CalibrationSet, has_pictures, load_calibration, load_pictures
 from auto_round.checkpoint import CheckpointSource, ModuleSource, WeightSource, load_processor, resolve_folder
@@ -102,6 +103,7 @@ def open_session(config: RunConfig, *, tokenizer: Any = None, processor: Any = N
     lists = [name.strip() for name in names.split(",")] if isinstance(names, str) else names
     structure = keep_joined(discover(source.model, lists), set(source.keys().values()))
     plan = resolve(structure, config.scheme, nblocks=config.tune.nblocks)
+    end_to_end.check(config, plan)
     return Session(_clip_seqlen(config, source.model, tokenizer), source, tokenizer, plan, processor)
 
 
@@ -151,16 +153,16 @@ def quantize(session: Session, work: Path) -> RunStore:
         logger.info("changed: %s", adjustment)
     for warning in plan.warnings:
         logger.warning("%s", warning)
-    data = None
-    if config.tune.needs_calibration or plan.needs_calibration:
-        data = _load_data(session)
+    needs_calibration = config.tune.needs_calibration or plan.needs_calibration
+    data = _load_data(session) if needs_calibration or config.end_to_end.e2e_steps else None
     store = _open_store(work, session, data)
     with repeatable_kernels():
-        if data is None:
+        if data is None or not needs_calibration:
             _round_everything(session, store)
         else:
             _tune_everything(session, store, data)
-    distributed.barrier()
+        distributed.barrier()
+        _tune_end_to_end(session, store, data)
     assert all(store.has(group[0]) for group in plan.groups), source
     return store
 
@@ -221,6 +223,8 @@ def _tune_everything(session: Session, store: RunStore, data: CalibrationSet) ->
         return
     tuner = tuner_for(config.tune)
     stream = _open_stream(session, data, quantized_chain=config.tune.enable_quanted_input and tuner.needs_targets)
+    if config.end_to_end.e2e_steps:
+        end_to_end.check_stream(stream)
     progress = Progress(len(plan.groups))
     for index in range(len(plan.groups)):
         last = index == len(plan.groups) - 1 and not outside_left
@@ -231,6 +235,16 @@ def _tune_everything(session: Session, store: RunStore, data: CalibrationSet) ->
         round_outside(
             plan, session.source, store, config, OutsideInputs(_head_inputs(stream, plan), stream.channel_means)
         )
+
+
+def _tune_end_to_end(session: Session, store: RunStore, data: CalibrationSet | None) -> None:
+    config = session.config
+    if data is not None and config.end_to_end.e2e_steps:
+        seed = block_seed(config.tune.seed, "end_to_end")
+        open_stream = functools.partial(_open_stream, session, data, quantized_chain=False)
+        end_to_end.tune_scales(session.plan, store, config, open_stream, seed=seed)
+    elif distributed.is_writer():
+        store.drop_scales()
 
 
 def _head_inputs(stream: BlockStream, plan: Plan) -> Tensor | None:
