@@ -79,22 +79,24 @@ def check_stream(stream: BlockStream) -> None:
         raise CalibrationError("e2e_steps needs at least 2 calibration samples: one is held out. Raise --nsamples")
 
 
+def drop_other(store: RunStore, config: RunConfig) -> None:
+    """Drops the stage's result of an earlier run with other options; its blocks can be used all the same."""
+    record = store.scales_record()
+    if record and record["options"] != dataclasses.asdict(config.end_to_end):
+        store.drop_scales()
+
+
 def tune_scales(
     plan: Plan, store: RunStore, config: RunConfig, open_stream: Callable[[], BlockStream], *, seed: int
 ) -> None:
-    """Runs the stage on the finished blocks of a store, unless it was run with these options already.
+    """Runs the stage on the finished blocks of a store, unless the store has its result already.
 
     The store's blocks have the new scales afterwards. Codes stay as they are.
     """
-    options = {**dataclasses.asdict(config.end_to_end), "seed": seed}
     record = store.scales_record()
-    if record and record["options"] == options:
+    if record:
         logger.info("end to end: from the interrupted run, %s", _described(record["summary"]))
         return
-    distributed.barrier()
-    if distributed.is_writer():
-        store.drop_scales()
-    distributed.barrier()
     stream = open_stream()
     check_stream(stream)
     outside, head = plan.outside(), f"{plan.structure.head}.weight"
@@ -111,9 +113,9 @@ def tune_scales(
             if name in model.keys and outcome.kept_step
         }
         summary = {name: getattr(outcome, name) for name in ("kept_step", "first", "best")}
-        store.save_scales(changed, options, **summary, seconds=time.monotonic() - started)
+        store.save_scales(changed, dataclasses.asdict(config.end_to_end), **summary, seconds=time.monotonic() - started)
     distributed.barrier()
-    logger.info("end to end: %s", _described({"kept_step": outcome.kept_step, "first": outcome.first, "best": outcome.best}))
+    logger.info("end to end: %s", _described(store.scales_record()["summary"]))
 
 
 def _described(summary: dict[str, Any]) -> str:

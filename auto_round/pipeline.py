@@ -162,7 +162,9 @@ def quantize(session: Session, work: Path) -> RunStore:
         else:
             _tune_everything(session, store, data)
         distributed.barrier()
-        _tune_end_to_end(session, store, data)
+        if data is not None and config.end_to_end.e2e_steps:
+            opened = functools.partial(_open_stream, session, data, quantized_chain=False)
+            end_to_end.tune_scales(plan, store, config, opened, seed=block_seed(config.tune.seed, "end_to_end"))
     assert all(store.has(group[0]) for group in plan.groups), source
     return store
 
@@ -235,16 +237,6 @@ def _tune_everything(session: Session, store: RunStore, data: CalibrationSet) ->
         round_outside(
             plan, session.source, store, config, OutsideInputs(_head_inputs(stream, plan), stream.channel_means)
         )
-
-
-def _tune_end_to_end(session: Session, store: RunStore, data: CalibrationSet | None) -> None:
-    config = session.config
-    if data is not None and config.end_to_end.e2e_steps:
-        seed = block_seed(config.tune.seed, "end_to_end")
-        open_stream = functools.partial(_open_stream, session, data, quantized_chain=False)
-        end_to_end.tune_scales(session.plan, store, config, open_stream, seed=seed)
-    elif distributed.is_writer():
-        store.drop_scales()
 
 
 def _head_inputs(stream: BlockStream, plan: Plan) -> Tensor | None:
@@ -360,6 +352,7 @@ def _open_store(work: Path, session: Session, data: CalibrationSet | None) -> Ru
         distributed.barrier()
         return RunStore.existing(work)
     store = RunStore(work, fingerprint, resume=session.config.resume)
+    end_to_end.drop_other(store, session.config)
     distributed.barrier()
     return store
 

@@ -76,7 +76,8 @@ class RunStore:
         return self._file(block).is_file()
 
     def save(self, block: str, result: BlockResult) -> None:
-        """Stores what tuning a block gave."""
+        """Stores what tuning a block gave. Scales that were saved for the blocks as they were do not count any more."""
+        self.drop_scales()
         tensors: dict[str, Tensor] = {}
         schemes = {}
         for name, weight in result.weights.items():
@@ -107,7 +108,8 @@ class RunStore:
 
         Args:
             weights: those whose scales changed.
-            options: everything that they depend on besides the fingerprint.
+            options: everything that they depend on besides blocks and fingerprint.
+            summary: plain JSON values, for people.
         """
         tensors = {
             f"{name}|{field}": tensor.cpu().contiguous()

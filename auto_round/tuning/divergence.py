@@ -123,7 +123,9 @@ class QuantizedModel:
         return distributed.sum_over_ranks(total) / count, found
 
     def _own(self, samples: Tensor) -> list[Tensor]:
-        mine = samples[distributed.rank() :: distributed.world_size()]
+        """Returns the batches of samples that this rank works on."""
+        shares = samples.chunk(distributed.world_size())
+        mine = shares[distributed.rank()] if distributed.rank() < len(shares) else samples[:0]
         return [batch for batch in mine.split(self.stream.batch_size) if batch.numel()]
 
     def _token_count(self, samples: Tensor) -> int:
