@@ -25,6 +25,7 @@ from auto_round.config import RunConfig
 from auto_round.errors import CalibrationError, UnsupportedError
 from auto_round.formats.export import HEAD_BLOCK
 from auto_round.memory import release_freed
+from auto_round.outside import output_layers
 from auto_round.plan import Plan
 from auto_round.store import RunStore
 from auto_round.tuning.divergence import QuantizedModel, rescaled
@@ -61,15 +62,15 @@ def check(config: RunConfig, plan: Plan) -> None:
     if plan.structure.head is None:
         raise UnsupportedError(f"{asked} needs a model that predicts tokens, and this one has no output layer")
     reasons = {why_not_tunable(entry.scheme) for entry in plan.quantized().values()}
-    if reasons and None not in reasons:
-        raise UnsupportedError(
-            f"{asked} cannot tune any layer of this plan: {'; '.join(sorted(filter(None, reasons)))}. "
-            "Leave out --e2e_steps"
-        )
+    if None not in reasons:
+        why = "; ".join(sorted(filter(None, reasons))) or "nothing is quantized"
+        raise UnsupportedError(f"{asked} cannot tune any layer of this plan: {why}. Leave out --e2e_steps")
 
 
-def check_stream(stream: BlockStream) -> None:
-    """Raises UnsupportedError or CalibrationError if the stage cannot work for a model or its calibration samples."""
+def check_stream(stream: BlockStream, config: RunConfig) -> None:
+    """Raises UnsupportedError or CalibrationError if the stage is asked for and model or samples do not allow it."""
+    if not config.end_to_end.e2e_steps:
+        return
     if stream.changes_between_blocks:
         raise UnsupportedError(
             f"{type(stream.source.model).__name__} changes hidden states between its blocks, which e2e_steps cannot "
@@ -98,11 +99,12 @@ def tune_scales(
         logger.info("end to end: from the interrupted run, %s", _described(record["summary"]))
         return
     stream = open_stream()
-    check_stream(stream)
-    outside, head = plan.outside(), f"{plan.structure.head}.weight"
+    check_stream(stream, config)
     transposed = frozenset(entry.layer.parameter for entry in plan.entries if entry.layer.transposed)
-    quantized_head = (head, store.load(HEAD_BLOCK).weights[head]) if head in outside else None
-    model = QuantizedModel(stream, store.load, quantized_head, transposed)
+    heads = [(name, store.load(HEAD_BLOCK).weights[name]) for name in output_layers(plan)]
+    # An embedding that serves as output layer: what other scales do to the model's input is not seen here.
+    fixed = frozenset(name for name, _ in heads if name != f"{plan.structure.head}.weight")
+    model = QuantizedModel(stream, store.load, heads[0] if heads else None, transposed, fixed)
     release_freed()
     started = time.monotonic()
     outcome = run_steps(model, config, torch.Generator().manual_seed(seed))

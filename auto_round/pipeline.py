@@ -25,10 +25,11 @@ from auto_round.config import RunConfig, parse_formats
 from auto_round.device import compute_device, compute_dtype, repeatable_kernels
 from auto_round.errors import ConfigError
 from auto_round.formats import FormatTarget, export, verify
+from auto_round.formats.base import prescription
 from auto_round.formats.export import HEAD_BLOCK, checked_targets
 from auto_round.memory import release_freed
 from auto_round.models import discover, keep_joined
-from auto_round.outside import OutsideInputs, round_outside
+from auto_round.outside import OutsideInputs, output_layers, round_outside
 from auto_round.plan import Plan, resolve
 from auto_round.progress import Progress
 from auto_round.store import RunStore
@@ -102,7 +103,8 @@ def open_session(config: RunConfig, *, tokenizer: Any = None, processor: Any = N
     names = config.scheme.to_quant_block_names
     lists = [name.strip() for name in names.split(",")] if isinstance(names, str) else names
     structure = keep_joined(discover(source.model, lists), set(source.keys().values()))
-    plan = resolve(structure, config.scheme, nblocks=config.tune.nblocks)
+    prescribed = prescription(parse_formats(config.format), structure, source, tokenizer, config)
+    plan = resolve(structure, config.scheme, nblocks=config.tune.nblocks, prescription=prescribed)
     end_to_end.check(config, plan)
     return Session(_clip_seqlen(config, source.model, tokenizer), source, tokenizer, plan, processor)
 
@@ -153,7 +155,7 @@ def quantize(session: Session, work: Path) -> RunStore:
         logger.info("changed: %s", adjustment)
     for warning in plan.warnings:
         logger.warning("%s", warning)
-    needs_calibration = config.tune.needs_calibration or plan.needs_calibration
+    needs_calibration = plan.needs_calibration or (config.tune.needs_calibration and bool(plan.quantized()))
     data = _load_data(session) if needs_calibration or config.end_to_end.e2e_steps else None
     store = _open_store(work, session, data)
     with repeatable_kernels():
@@ -225,8 +227,7 @@ def _tune_everything(session: Session, store: RunStore, data: CalibrationSet) ->
         return
     tuner = tuner_for(config.tune)
     stream = _open_stream(session, data, quantized_chain=config.tune.enable_quanted_input and tuner.needs_targets)
-    if config.end_to_end.e2e_steps:
-        end_to_end.check_stream(stream)
+    end_to_end.check_stream(stream, config)
     progress = Progress(len(plan.groups))
     for index in range(len(plan.groups)):
         last = index == len(plan.groups) - 1 and not outside_left
@@ -242,7 +243,7 @@ def _tune_everything(session: Session, store: RunStore, data: CalibrationSet) ->
 def _head_inputs(stream: BlockStream, plan: Plan) -> Tensor | None:
     """Returns (R, H) what the output layer sees at real tokens, None if it is not quantized."""
     head, mask = plan.structure.head, stream.data.attention_mask
-    if head is None or f"{head}.weight" not in plan.outside():
+    if head is None or not output_layers(plan):
         return None
     seen = stream.head_inputs(head, stream.quantized)
     return seen.flatten(0, -2) if mask is None else seen[mask.to(seen.device)]

@@ -27,7 +27,7 @@ RUN_FILE = "run.json"
 # Beside the blocks, not in them: a stage that changes scales of all blocks is finished with one rename, or not at all.
 SCALES_FILE = "end_to_end.safetensors"
 SHOWN_DIFFERENCES = 12
-SCALE_FIELDS = ("scale", "global_scale")
+SCALE_FIELDS = ("scale", "global_scale", "offset", "super_scale", "super_offset")
 
 
 class RunStore:

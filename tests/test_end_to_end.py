@@ -27,7 +27,8 @@ def ids(token_ids):
 
 
 def open_session(model, output, **options):
-    return pipeline.open_session(RunConfig.from_options(model=model, output_dir=str(output), **{**BASE, **options}))
+    given = {name: value for name, value in {**BASE, **options}.items() if value is not None}
+    return pipeline.open_session(RunConfig.from_options(model=model, output_dir=str(output), **given))
 
 
 def quantize(model, work, **options):
@@ -49,7 +50,6 @@ def stored_scale_is_storable(weight):
     ids=["symmetric", "asymmetric", "per row", "output layer", "activations"],
 )
 def test_scales_move_and_the_held_out_divergence_falls_while_codes_stay(options, make_model, ids, tmp_path):
-    options = {name: value for name, value in {**BASE, **options}.items() if value is not None}
     model = make_model()
     before, _ = quantize(model, tmp_path / "a", dataset=ids, **options)
     after, session = quantize(model, tmp_path / "b", dataset=ids, e2e_steps=STEPS, **options)
@@ -103,6 +103,21 @@ def test_what_is_written_is_verified_with_the_new_scales(format_, make_model, id
     options = {"dataset": ids, "format": format_, "bits": 4, "e2e_steps": 4, "work_dir": str(tmp_path / "w")}
     pipeline.run(open_session(make_model(), tmp_path / "out", **options))
     assert RunStore.existing(tmp_path / "w").scales_record()["summary"]["kept_step"] > 0
+
+
+@pytest.mark.parametrize("scheme", ["gguf:q2_k", "gguf:q3_k", "gguf:q4_1"])
+def test_the_scales_of_gguf_move_and_their_codes_stay(scheme, make_model, ids, tmp_path):
+    options = {"dataset": ids, "scheme": scheme, "bits": None, "group_size": None}
+    model = make_model(hidden_size=256, intermediate_size=256)
+    before = weights_of(quantize(model, tmp_path / "a", **options)[0])
+    store, _ = quantize(model, tmp_path / "b", e2e_steps=STEPS, **options)
+    assert store.scales_record()["summary"]["kept_step"] > 0
+    for name, weight in weights_of(store).items():
+        assert torch.equal(weight.codes, before[name].codes)
+        assert not torch.equal(weight.dequantize(), before[name].dequantize())
+        assert (weight.super_scale is None) == (before[name].super_scale is None)
+        if weight.super_scale is not None:
+            assert not torch.equal(weight.super_scale, before[name].super_scale)
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "gemma3", "opt", "qwen3_moe"])
@@ -275,6 +290,13 @@ def test_a_plan_that_is_tunable_in_part_is_tuned_there(make_model, ids, tmp_path
     store, _ = quantize(make_model(), tmp_path / "b", dataset=ids, layer_config=layers, e2e_steps=STEPS)
     for name, weight in weights_of(store).items():
         assert torch.equal(weight.scale, before[name].scale) == ("mlp" in name)
+
+
+def test_a_plan_that_quantizes_nothing_is_refused(make_model, tmp_path):
+    """Formats can prescribe one (GGUF F16)."""
+    session = open_session(make_model(), tmp_path, e2e_steps=5)
+    with pytest.raises(UnsupportedError, match="nothing is quantized"):
+        end_to_end.check(session.config, dataclasses.replace(session.plan, entries=()))
 
 
 def test_a_model_without_an_output_layer_is_refused(make_model, tmp_path):

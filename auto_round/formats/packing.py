@@ -13,6 +13,7 @@ from torch import Tensor
 from auto_round.checkpoint import WeightSource
 from auto_round.formats.base import Exporter, copied_dtype
 from auto_round.layouts import Layout
+from auto_round.models.base import ROUTER, LinearInfo
 from auto_round.plan import Plan, PlanEntry
 from auto_round.schemes import QuantizationScheme
 
@@ -92,33 +93,39 @@ def _is_of_packed(name: str | None, packing: Packing) -> bool:
 
 
 def in_stored_names(plan: Plan, keys: Mapping[str, str | None]) -> Plan:
-    """Returns a plan whose layers and blocks have the names of the checkpoint, which are those that engines know.
+    """Returns a plan whose experts and routers have the names within their blocks that the checkpoint gives them.
+
+    Engines know these (Mixtral's `block_sparse_moe.experts.0.w1`). Whatever else the model calls otherwise than the
+    checkpoint, as vision-language models do their blocks, keeps the model's name: loaders map it.
 
     Args:
         keys: checkpoint key -> parameter name.
     """
     stored = {name: key for key, name in keys.items() if name is not None and key != name}
-    if not stored:
+    routers = {layer.parameter for layer in plan.structure.linears if layer.kept == ROUTER}
+    routers |= {name for name, reason in plan.structure.other_weights.items() if reason == ROUTER}
+    routed = {name for name in stored if ".experts." in name or name in routers}
+    renamed = {}
+    for block in plan.structure.blocks:
+        own = _stored_module(block, stored)
+        for name, key in stored.items():
+            if name in routed and name.startswith(block + ".") and key.startswith(own + "."):
+                renamed[name] = block + key.removeprefix(own)
+    renamed = {name: key for name, key in renamed.items() if name != key}
+    if not renamed:
         return plan
 
-    def renamed(layer: str) -> str:
-        return stored.get(f"{layer}.weight", f"{layer}.weight").removesuffix(".weight")
+    def of(layer: LinearInfo) -> LinearInfo:
+        parameter = f"{layer.name}.weight"
+        return dataclasses.replace(layer, name=renamed.get(parameter, parameter).removesuffix(".weight"))
 
-    entries = tuple(
-        dataclasses.replace(entry, layer=dataclasses.replace(entry.layer, name=renamed(entry.layer.name)))
-        for entry in plan.entries
-    )
-    blocks = {block: _stored_module(block, stored) for block in plan.structure.blocks}
+    entries = tuple(dataclasses.replace(entry, layer=of(entry.layer)) for entry in plan.entries)
     structure = dataclasses.replace(
         plan.structure,
-        blocks=tuple(blocks.values()),
-        linears=tuple(dataclasses.replace(layer, name=renamed(layer.name)) for layer in plan.structure.linears),
-        block_lists=tuple(_stored_module(name, stored) for name in plan.structure.block_lists),
-        head=None if plan.structure.head is None else renamed(plan.structure.head),
-        other_weights={stored.get(name, name): reason for name, reason in plan.structure.other_weights.items()},
+        linears=tuple(of(layer) for layer in plan.structure.linears),
+        other_weights={renamed.get(name, name): reason for name, reason in plan.structure.other_weights.items()},
     )
-    groups = tuple(tuple(blocks[name] for name in group) for group in plan.groups)
-    return dataclasses.replace(plan, entries=entries, groups=groups, structure=structure)
+    return dataclasses.replace(plan, entries=entries, structure=structure)
 
 
 def _stored_module(module: str, stored: Mapping[str, str]) -> str:

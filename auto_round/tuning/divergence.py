@@ -67,6 +67,7 @@ class QuantizedModel:
         load: gives the result of a group by the name of its first block.
         head: name and codes of the output layer where it is quantized.
         transposed: names of weights that are stored (in, out).
+        fixed: names of weights whose scales are not tuned.
     """
 
     def __init__(
@@ -75,6 +76,7 @@ class QuantizedModel:
         load: Callable[[str], BlockResult],
         head: tuple[str, QuantizedTensor] | None,
         transposed: frozenset[str],
+        fixed: frozenset[str] = frozenset(),
     ) -> None:
         self.stream, self.mask = stream, stream.data.attention_mask
         self.inputs = hidden = stream.original
@@ -89,7 +91,7 @@ class QuantizedModel:
             self.blocks.append(QuantizedBlock(lean, weights, transposed))
         self.targets = hidden
         self.head_name, self.head = (None, None) if head is None else (head[0], head[1].to(stream.device))
-        self.keys = sigma_keys(self.weights())
+        self.keys = sigma_keys({name: weight for name, weight in self.weights().items() if name not in fixed})
 
     def weights(self) -> dict[str, QuantizedTensor]:
         """Returns all quantized weights that run, by name."""
@@ -195,7 +197,7 @@ class QuantizedModel:
         for name, by in by_dense_OI.items():
             if name in self.keys:
                 factors = SCALE_FACTORS[weights[name].scheme.data_type]
-                found[self.keys[name]] += factors.gradient(by.float() * dense_OI[name].float(), weights[name])
+                found[self.keys[name]] += factors.gradient(by.float(), dense_OI[name].float(), weights[name])
 
     def _dense_head(self, sigmas: Sigmas) -> Tensor | None:
         if self.head is None or self.head_name is None:

@@ -26,7 +26,7 @@ from auto_round.config import TuneConfig
 from auto_round.data_types import DATA_TYPES
 from auto_round.memory import release_freed
 from auto_round.schemes import QuantizationScheme
-from auto_round.tensors import BlockResult, QuantizedTensor
+from auto_round.tensors import ROW_FIELDS, BlockResult, QuantizedTensor
 from auto_round.tuning.base import TuningTask
 from auto_round.tuning.capture import compiled_or_eager, repeat_on_device
 from auto_round.tuning.fused_step import FusedWeight, fused_weight
@@ -306,11 +306,10 @@ def _reach(scheme: QuantizationScheme, config: TuneConfig) -> float:
 
 def _keep_where(condition: Tensor, now: QuantizedTensor, kept: QuantizedTensor, rows: slice) -> None:
     """Overwrites rows of `kept` with `now` where a scalar condition holds, without asking the device."""
-    pairs = [(now.codes, kept.codes), (now.scale, kept.scale)]
-    if now.zero_point is not None and kept.zero_point is not None:
-        pairs.append((now.zero_point, kept.zero_point))
-    for value, place in pairs:
-        torch.where(condition, value, place[rows], out=place[rows])
+    for field in ROW_FIELDS:
+        value, place = getattr(now, field), getattr(kept, field)
+        if value is not None:
+            torch.where(condition, value, place[rows], out=place[rows])
 
 
 def _plain_parameters(task: TuningTask) -> dict[str, Tensor]:

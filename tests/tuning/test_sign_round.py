@@ -9,7 +9,8 @@ from auto_round.blocks import Block
 from auto_round.calibration import CalibrationSet
 from auto_round.config import TuneConfig
 from auto_round.data_types import DATA_TYPES
-from auto_round.schemes import QuantizationScheme
+from auto_round.layouts import LAYOUTS
+from auto_round.schemes import QuantizationScheme, to_scheme
 from auto_round.tensors import BlockResult, to_groups
 from auto_round.tuning import PlainRounding, SearchedRounding, SignRound, round_searched
 from auto_round.tuning.sign_round import _BlockRun, _decay
@@ -19,6 +20,7 @@ from auto_round.tuning.tuned_weight import CLIP_BOUNDS
 W2 = QuantizationScheme(bits=2, group_size=32)
 W2A = QuantizationScheme(bits=2, group_size=32, sym=False)
 W4 = QuantizationScheme(bits=4, group_size=32)
+BLOCK_TYPES = ("q2_k", "q3_k", "q4_k", "q5_1")
 
 
 def config_of(**changes):
@@ -60,6 +62,23 @@ def test_tuning_ends_below_rounding_to_nearest(kind, scheme, make_task, make_mod
     assert result.best_loss < result.first_loss
     plain, searched = PlainRounding()(task, config_of()), SearchedRounding()(task, config_of())
     assert output_error(task, result) < min(output_error(task, plain), output_error(task, searched))
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes"),
+    [(kind, changes) for kind in BLOCK_TYPES for changes in ({"enable_alg_ext": True}, {})]
+    + [("q2_k", {"adam": True})],
+)
+def test_blocks_of_gguf_are_tuned_on_the_grid_that_a_file_holds(kind, changes, make_task, make_model):
+    model = make_model(hidden_size=256, intermediate_size=256)
+    task = make_task(to_scheme(f"gguf:{kind}"), model=model, names=("q_proj", "v_proj", "down_proj"))
+    result = tune(task, iters=12, **changes)
+    assert output_error(task, result) < 0.9 * output_error(task, start_of(task))
+    layout = LAYOUTS[f"gguf_{kind}"]
+    for weight in result.weights.values():
+        assert layout.refuses(weight.scheme, weight.shape) is None
+        back = layout.unpack(layout.pack(weight), weight.scheme, weight.shape)
+        assert torch.equal(back.dequantize(), weight.dequantize())
 
 
 def start_of(task) -> BlockResult:
