@@ -32,7 +32,7 @@ def quantized_weights(model, scheme, *, head=False):
     return weights
 
 
-def streamed(model, weights, data, *, batch_size=3):
+def streamed(model, weights, data, *, batch_size=3, fixed=frozenset()):
     structure = discover(model)
     groups = [(name,) for name in structure.blocks]
     stream = BlockStream(
@@ -45,7 +45,7 @@ def streamed(model, weights, data, *, batch_size=3):
         return BlockResult({name: weight for name, weight in weights.items() if name.startswith(block + ".")})
 
     transposed = frozenset(linear.parameter for linear in structure.linears if linear.transposed)
-    return QuantizedModel(stream, load, (head, weights[head]) if head in weights else None, transposed)
+    return QuantizedModel(stream, load, (head, weights[head]) if head in weights else None, transposed, fixed)
 
 
 def whole_divergence(model, dense, data, samples):
@@ -132,6 +132,16 @@ def test_the_quantized_output_layer_is_part_of_it(tied, make_model, data):
     kl, gradients = quantized.gradients(samples, {key: sigma.detach() for key, sigma in sigmas.items()})
     torch.testing.assert_close(kl, expected.detach(), rtol=1e-5, atol=1e-7)
     torch.testing.assert_close(gradients["lm_head.weight"], wanted, rtol=1e-3, atol=1e-6)
+
+
+def test_a_fixed_weight_is_seen_and_not_tuned(make_model, data):
+    model, samples = make_model(), torch.arange(5)
+    weights = quantized_weights(model, W2, head=True)
+    tuned, fixed = streamed(model, weights, data), streamed(model, weights, data, fixed=frozenset({"lm_head.weight"}))
+    assert set(tuned.start()) - set(fixed.start()) == {"lm_head.weight"}
+    assert tuned.divergence(samples, {}) == fixed.divergence(samples, {})
+    _, gradients = fixed.gradients(samples, fixed.start())
+    assert set(gradients) == set(fixed.start())
 
 
 def test_a_model_that_is_not_changed_by_rounding_does_not_diverge(make_model, data):
