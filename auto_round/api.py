@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from auto_round import pipeline
-from auto_round.blocks import Block, BlockCalls, InputQuantizer
+from auto_round.block import Block, InputQuantizer
+from auto_round.calls import BlockCalls
 from auto_round.config import PARTS, RunConfig, TuneConfig, parse_formats, parse_layer_config
 from auto_round.errors import ConfigError
 from auto_round.formats import FormatTarget

@@ -172,17 +172,14 @@ def quantize(session: Session, work: Path) -> RunStore:
 
 
 def _load_data(session: Session) -> CalibrationSet:
-    calib, seed = session.config.calib, session.config.tune.seed
+    calib = session.config.calib
+    size = {"nsamples": calib.nsamples, "seqlen": calib.seqlen, "seed": session.config.tune.seed}
     if not has_pictures(calib.dataset):
-        return load_calibration(
-            calib.dataset, session.tokenizer, nsamples=calib.nsamples, seqlen=calib.seqlen, seed=seed
-        )
+        return load_calibration(calib.dataset, session.tokenizer, **size)
     processor, folder = session.processor, session.source.folder
     if processor is None and folder is not None and isinstance(calib.dataset, str | Path):
         processor = load_processor(folder, trust_remote_code=session.config.trust_remote_code)
-    return load_pictures(
-        calib.dataset, processor, nsamples=calib.nsamples, seqlen=calib.seqlen, seed=seed, folder=calib.extra_data_dir
-    )
+    return load_pictures(calib.dataset, processor, **size, folder=calib.extra_data_dir)
 
 
 def dequantized(store: RunStore, plan: Plan) -> Iterator[tuple[str, Tensor]]:
@@ -262,7 +259,10 @@ def _pass_block(
     """Quantizes one group of blocks, or takes its result from the store, and moves the activations past it."""
     block, name = stream.load(index), session.plan.groups[index][0]
     done = store.has(name)
+    assert stream.original is not None
     targets_NTH = stream.run(block, stream.original) if needs_targets else None
+    if not tuner_for(session.config.tune).needs_original_inputs:
+        stream.forget_original()
     result = store.load(name) if done else _tune_block(session, stream, block, targets_NTH)
     if not done:
         result = _with_cache_scales(session, stream, block, result)

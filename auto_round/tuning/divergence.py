@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 
 from auto_round import distributed
-from auto_round.blocks import Block, BlockStream
+from auto_round.block import Block
+from auto_round.blocks import BlockStream
 from auto_round.plan import FUSED_GROUPS
 from auto_round.tensors import BlockResult, QuantizedTensor
 from auto_round.tuning.activations import quantizers_of, with_input_quantizers
@@ -79,6 +80,7 @@ class QuantizedModel:
         fixed: frozenset[str] = frozenset(),
     ) -> None:
         self.stream, self.mask = stream, stream.data.attention_mask
+        assert stream.original is not None
         self.inputs = hidden = stream.original
         self.blocks: list[QuantizedBlock] = []
         for index, names in enumerate(stream.groups):
