@@ -60,11 +60,14 @@ class Block:
         samples: Tensor,
         replaced: Mapping[str, Tensor] | None = None,
         arguments: Mapping[str, Any] | None = None,
+        call: Callable[..., Any] = functional_call,
     ) -> Tensor:
         """Returns the block's output for some samples, with some parameters replaced (full names).
 
         Args:
             arguments: keyword arguments in place of the model's own.
+            call: what runs a module with given tensors; compiled, it knows no names, so that blocks share what it has
+                compiled.
         """
         replaced = replaced or {}
         for name, module, calls in zip(self.names, self.modules, self.calls, strict=True):
@@ -77,7 +80,7 @@ class Block:
             args, kwargs = calls.for_samples(samples, self.device, self.dtype)
             kwargs = {**kwargs, **(arguments or {})}
             with self._quantized_inputs():
-                output = functional_call(module, state, (hidden_NTH, *args), kwargs)
+                output = call(module, state, (hidden_NTH, *args), kwargs)
             hidden_NTH = output[0] if isinstance(output, tuple) else output
         return hidden_NTH
 

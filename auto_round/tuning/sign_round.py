@@ -16,10 +16,12 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.func import functional_call
 
 from auto_round import distributed
 from auto_round.config import TuneConfig
@@ -82,7 +84,7 @@ class _BlockRun:
         self.plain = _plain_parameters(task) if config.enable_norm_bias_tuning else {}
         self.plain_sizes = {name: float(tensor.abs().mean()) for name, tensor in self.plain.items()}
         self.adam = _adam(self.weights, self.plain, config) if config.adam else None
-        self.forward = compiled_or_eager(task.block.forward) if self._is_compiled() else task.block.forward
+        self.call = compiled_or_eager(functional_call) if self._is_compiled() else functional_call
         assert task.targets is not None
         self.elements_per_token = task.targets.shape[-1]
         self.fused = _fused_weights(task, self.weights) if self.adam is None else {}
@@ -160,7 +162,7 @@ class _BlockRun:
         for name, tensor in replaced.items():
             tensor.register_post_accumulate_grad_hook(functools.partial(self._consume, name))
         elements = self._token_count(samples) * self.elements_per_token
-        error = self._squared_error(samples, replaced)
+        error = self._squared_error(samples, replaced, self.call)
         self._note_loss(error.detach() / elements)
         self.unit = 1 / (elements * self._backward_factor(elements))
         (error * self._backward_factor(elements)).backward()
@@ -217,7 +219,7 @@ class _BlockRun:
         shares = samples.chunk(distributed.world_size())
         mine = shares[distributed.rank()].split(self.config.batch_size) if distributed.rank() < len(shares) else ()
         for batch in mine:
-            error = self._squared_error(batch, replaced)
+            error = self._squared_error(batch, replaced, self.call)
             found = torch.autograd.grad(error * factor, [replaced[name] for name in names], allow_unused=True)
             for name, gradient in zip(names, found, strict=True):
                 if gradient is not None:
@@ -273,12 +275,14 @@ class _BlockRun:
         errors = [self._squared_error(batch, replaced) for batch in samples.split(self.config.batch_size)]
         return float(sum(errors)) / (self._token_count(samples) * self.elements_per_token)
 
-    def _squared_error(self, samples: Tensor, replaced: Mapping[str, Tensor]) -> Tensor:
+    def _squared_error(
+        self, samples: Tensor, replaced: Mapping[str, Tensor], call: Callable[..., Any] = functional_call
+    ) -> Tensor:
         task = self.task
         assert task.targets is not None
         device = task.block.device
         where = samples.to(task.inputs.device)
-        output = self.forward(task.inputs[where].to(device), samples, replaced)
+        output = task.block.forward(task.inputs[where].to(device), samples, replaced, call=call)
         weight = None if task.mask is None else task.mask[samples].to(device)[..., None]
         return squared_error(output, task.targets[where].to(device), weight)
 

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from auto_round import AutoRound
 from auto_round.block import Block
 from auto_round.calibration import CalibrationSet
 from auto_round.config import TuneConfig
@@ -430,3 +431,22 @@ def test_steps_that_only_raise_the_loss_are_taken_back(extra, make_task):
     assert result.note == "steps did not lower the loss; kept the searched rounding"
     assert_same_weights(result, start_of(task))
     assert all(torch.equal(value, task.block.tensors[name]) for name, value in result.plain.items())
+
+
+def test_all_blocks_share_what_is_compiled_once(make_model, token_ids, monkeypatch):
+    graphs = []
+
+    def backend(graph, _inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    compiler = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda function: compiler(function, backend=backend))
+    torch._dynamo.reset()
+    model = make_model()
+    count = model.config.num_hidden_layers
+    options = {"bits": 4, "group_size": 32, "iters": 2, "batch_size": 4, "device": "cpu", "seqlen": 16, "nsamples": 8}
+    quantizer = AutoRound(model, None, dataset=list(token_ids(8, 16)), enable_torch_compile=True, **options)
+    quantizer.quantize()
+    assert count > 1
+    assert len(graphs) == 1
