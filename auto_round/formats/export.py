@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from auto_round.checkpoint import WeightSource, copy_side_files
+from auto_round.checkpoint import WeightSource, copy_side_files, without_quantization
 from auto_round.config import MODEL_DTYPES, RunConfig, parse_size
 from auto_round.errors import ConfigError
 from auto_round.formats.base import EXPORTERS, Exporter, FormatTarget, check, targets
@@ -145,8 +145,8 @@ def _exported(
     if weight is None:
         tensor = result.plain[name] if name in result.plain else source.read(key)
         return {key: tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor}
-    original = source.read(key)
-    return _packed(packing, key.removesuffix(".weight"), name or "", weight, dtype or original.dtype)
+    own_dtype = dtype or source.outline(key).dtype
+    return _packed(packing, key.removesuffix(".weight"), name or "", weight, own_dtype)
 
 
 def _packed(packing: Packing, layer: str, name: str, weight: QuantizedTensor, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -173,7 +173,8 @@ def _untied_head(
 
 def _write_configs(exporter: Exporter, folder: Path, plan: Plan, source: WeightSource, config: RunConfig) -> None:
     if source.folder is not None:
-        model_config = json.loads((source.folder / "config.json").read_text(encoding="utf-8"))
+        stored = json.loads((source.folder / "config.json").read_text(encoding="utf-8"))
+        model_config = without_quantization(stored)
     else:
         model_config = json.loads(source.model.config.to_json_string(use_diff=True))
         model_config.setdefault("architectures", [type(source.model).__name__])

@@ -132,7 +132,7 @@ def expected_tensors(exporter: Exporter, plan: Plan, source: WeightSource, confi
     quantized, keys = packing.entries, source.keys()
     asked = MODEL_DTYPES[config.model_dtype] if config.model_dtype else None
     weights, copies, specs, joined = {}, {}, {}, {}
-    dtypes = {key: source.read(key).dtype for key, name in keys.items() if name in quantized}
+    dtypes = {key: source.outline(key).dtype for key, name in keys.items() if name in quantized}
     originals = {name: key for key, name in keys.items() if name in quantized}
     for name, entry in quantized.items():
         # A quantized output layer that is tied in the source has no key of its own there.
@@ -153,13 +153,13 @@ def expected_tensors(exporter: Exporter, plan: Plan, source: WeightSource, confi
     for key, name in keys.items():
         if name not in quantized and key not in joints.keys:
             copies[key] = name
-            tensor = source.read(key)
+            tensor = source.outline(key)
             spec, written_in = TensorSpec.of(tensor), packing.copied_dtype(name, asked)
             change = written_in is not None and tensor.is_floating_point()
             specs[key] = dataclasses.replace(spec, dtype=written_in) if change else spec
     for fused, parts in joints.parts.items():
         joined[fused] = tuple((part, keys[part]) for part in parts)
-        spec = TensorSpec.of(source.join(fused, {part: source.read(part) for part in parts}))
+        spec = TensorSpec.of(source.join(fused, {part: source.outline(part) for part in parts}))
         specs[fused] = spec if asked is None else dataclasses.replace(spec, dtype=asked)
     tied, twins = _tied(source, set(quantized))
     droppable = {key: "no part of the model" for key in source.ignored()}
