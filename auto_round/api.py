@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from auto_round import pipeline
-from auto_round.blocks import Block, BlockCalls, InputQuantizer
+from auto_round.block import Block, InputQuantizer
+from auto_round.calls import BlockCalls
 from auto_round.config import PARTS, RunConfig, TuneConfig, parse_formats, parse_layer_config
 from auto_round.errors import ConfigError
 from auto_round.formats import FormatTarget
@@ -299,10 +300,10 @@ def _block_schemes(
 @torch.no_grad()
 def _write_back(model: nn.Module, store: RunStore, plan: Plan) -> None:
     """Puts the dequantized values into a loaded model; a tied output layer that was quantized gets its own weight."""
-    outside = plan.outside()
+    untied = f"{plan.structure.head}.weight" if plan.structure.tied_head else None
     for name, value in pipeline.dequantized(store, plan):
         parameter = model.get_parameter(name)
-        if name in outside and plan.structure.tied_head and name == f"{plan.structure.head}.weight":
+        if name == untied:
             module = model.get_submodule(name.removesuffix(".weight"))
             module.weight = nn.Parameter(value.to(parameter), requires_grad=parameter.requires_grad)
         else:

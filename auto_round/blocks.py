@@ -14,16 +14,15 @@ Shape letters: N samples, T tokens, H hidden.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
-import functools
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.func import functional_call
 
 from auto_round import distributed
+from auto_round.block import Block
 from auto_round.calibration import CalibrationSet
 from auto_round.calls import (
     NOT_CALLED,
@@ -42,109 +41,6 @@ from auto_round.channels import ChannelMeans
 from auto_round.checkpoint import WeightSource
 from auto_round.errors import CalibrationError, CheckpointError, UnsupportedError
 from auto_round.models.base import has_tied_head, head_name
-from auto_round.models.experts import LinearExperts
-
-InputQuantizer = Callable[[Tensor], Tensor]
-
-
-@dataclasses.dataclass(frozen=True, slots=True, eq=False)
-class Block:
-    """One decoder layer, or several that are tuned together, with their tensors on the compute device.
-
-    Attributes:
-        names: module names, e.g. ("model.layers.0",).
-        modules: the modules; they serve as code only and are never changed.
-        calls: how the model calls each.
-        tensors: full parameter and buffer names -> tensors in their stored precision; a forward pass converts those
-            that are not replaced, so that no second copy of the weights stays while they are tuned.
-        input_quantizers: full weight name -> what its layer's input passes through first; empty for 16 bits.
-        shows_all_experts: statistics see all tokens at each expert, also those that are routed to others.
-    """
-
-    names: tuple[str, ...]
-    modules: tuple[nn.Module, ...]
-    calls: tuple[BlockCalls, ...]
-    tensors: Mapping[str, Tensor]
-    device: torch.device
-    dtype: torch.dtype
-    input_quantizers: Mapping[str, InputQuantizer] = dataclasses.field(default_factory=dict)
-    shows_all_experts: bool = False
-
-    @property
-    def name(self) -> str:
-        """The name for messages."""
-        return self.names[0] if len(self.names) == 1 else f"{self.names[0]}..{self.names[-1].rsplit('.', 1)[-1]}"
-
-    @property
-    def runs(self) -> bool:
-        """Whether the model calls any of it for the calibration samples."""
-        return any(calls.runs for calls in self.calls)
-
-    def forward(
-        self,
-        hidden_NTH: Tensor,
-        samples: Tensor,
-        replaced: Mapping[str, Tensor] | None = None,
-        arguments: Mapping[str, Any] | None = None,
-    ) -> Tensor:
-        """Returns the block's output for some samples, with some parameters replaced (full names).
-
-        Args:
-            arguments: keyword arguments in place of the model's own.
-        """
-        replaced = replaced or {}
-        for name, module, calls in zip(self.names, self.modules, self.calls, strict=True):
-            if not calls.runs:
-                continue
-            dot = name + "."
-            own = {key: tensor for key, tensor in self.tensors.items() if key.startswith(dot)}
-            state = {k[len(dot) :]: moved_to(t, self.device, self.dtype) for k, t in own.items() if k not in replaced}
-            state.update({k[len(dot) :]: t for k, t in replaced.items() if k.startswith(dot)})
-            args, kwargs = calls.for_samples(samples, self.device, self.dtype)
-            kwargs = {**kwargs, **(arguments or {})}
-            with self._quantized_inputs():
-                output = functional_call(module, state, (hidden_NTH, *args), kwargs)
-            hidden_NTH = output[0] if isinstance(output, tuple) else output
-        return hidden_NTH
-
-    def layers(self, weights: Iterable[str]) -> dict[str, nn.Module]:
-        """Returns weight name -> the module that it belongs to, for those that lie in the block."""
-        found = {}
-        for name, module in zip(self.names, self.modules, strict=True):
-            dot = name + "."
-            for weight in weights:
-                layer = weight.removesuffix(".weight")
-                if layer == name:
-                    found[weight] = module
-                elif layer.startswith(dot):
-                    found[weight] = module.get_submodule(layer[len(dot) :])
-        return found
-
-    def experts(self) -> dict[str, LinearExperts]:
-        """Returns the lists of experts in the block by full name."""
-        return {
-            f"{name}.{below}": child
-            for name, module in zip(self.names, self.modules, strict=True)
-            for below, child in module.named_modules()
-            if isinstance(child, LinearExperts)
-        }
-
-    @contextlib.contextmanager
-    def _quantized_inputs(self) -> Iterator[None]:
-        """Puts the input quantizers before their layers for the time of one forward pass."""
-        handles = []
-        try:
-            for weight, layer in self.layers(self.input_quantizers).items():
-                hook = functools.partial(_pass_through, self.input_quantizers[weight])
-                handles.append(layer.register_forward_pre_hook(hook))
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
-
-
-def _pass_through(quantizer: InputQuantizer, _module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-    return (quantizer(args[0]), *args[1:])
 
 
 class BlockStream:
@@ -185,6 +81,7 @@ class BlockStream:
         self.shows_all_experts = shows_all_experts
         self._skeleton = self._load_skeleton()
         self._as_tuple = False
+        self.original: Tensor | None
         try:
             self.original, self._calls, self._changed = self._identity_pass(watched)
         except IndexedOutputError:
@@ -193,6 +90,7 @@ class BlockStream:
         self._refuse_changes_within_groups()
         if not self._changed:
             self._skeleton = {}  # embeddings can be large; head_inputs loads them again
+        assert self.original is not None
         self.quantized = self.original
 
     def load(self, index: int) -> Block:
@@ -234,6 +132,11 @@ class BlockStream:
             )
         return outputs
 
+    def forget_original(self) -> None:
+        """Lets go of the original chain, once a block's targets are known; `advance` goes on from these."""
+        if self.quantized_chain:
+            self.original = None
+
     def advance(self, block: Block, targets_NTH: Tensor, replaced: Mapping[str, Tensor]) -> None:
         """Moves both chains past a finished block.
 
@@ -243,8 +146,9 @@ class BlockStream:
         """
         quantized = self.run(block, self.quantized, replaced) if self.quantized_chain else targets_NTH
         following = list(self.groups).index(block.names) + 1
-        self.original = self.before(following, targets_NTH)
-        self.quantized = self.before(following, quantized) if self.quantized_chain else self.original
+        original = self.before(following, targets_NTH)
+        self.original = original
+        self.quantized = self.before(following, quantized) if self.quantized_chain else original
 
     @torch.no_grad()
     def before(self, index: int, chain_NTH: Tensor) -> Tensor:

@@ -127,13 +127,19 @@ class TuneConfig:
     enable_minmax_tuning: bool = option(True, "tune clip ranges", off="--disable_minmax_tuning")
     enable_norm_bias_tuning: bool = option(False, "tune norm weights and biases of blocks too")
     enable_alg_ext: bool = option(False, "curvature-corrected sign steps: better at 2 to 4 bits")
-    not_use_best_mse: bool = option(False, "keep the last step instead of the best one")
+    not_use_best_mse: bool = option(
+        True, "keep the last step; off: the one with the least loss on its own samples", off="--use_best_mse"
+    )
     dynamic_max_gap: int = option(-1, "stop a block after this many steps without a better loss; -1: never")
     disable_opt_rtn: bool = option(False, "with --iters 0: plain rounding, without the search for scales")
     adam: bool = option(False, "AdamW instead of sign steps")
     sampler: str = option("rand", "how samples are drawn: rand, epoch")
     amp: bool = option(True, "run blocks in 16 bits on GPUs", off="--disable_amp")
-    enable_torch_compile: bool = option(False, "compile the step (falls back to eager)")
+    enable_torch_compile: bool | None = option(
+        None,
+        "compile blocks, on a GPU by default if they are large (falls back to eager)",
+        off="--disable_torch_compile",
+    )
     seed: int = option(42, "seed of sample choice and tuning")
 
     def __post_init__(self) -> None:

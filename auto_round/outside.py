@@ -41,6 +41,18 @@ class OutsideInputs:
     means: Mapping[str, Tensor]
 
 
+def output_layers(plan: Plan) -> list[str]:
+    """Returns the weights outside the blocks that give the logits: the output layer, or the embedding tied to it.
+
+    What a format says of an embedding that serves as output layer too is said for that: there errors count.
+    """
+    linear = {layer.parameter for layer in plan.structure.linears}
+    is_tied = plan.structure.tied_head
+    return [
+        n for n, e in plan.outside().items() if e.layer.name == plan.structure.head or (is_tied and n not in linear)
+    ]
+
+
 def round_outside(
     plan: Plan, source: WeightSource, store: RunStore, config: RunConfig, inputs: OutsideInputs | None = None
 ) -> None:
@@ -55,7 +67,7 @@ def round_outside(
     importance = {} if inputs is None else dict(inputs.means)
     if inputs is not None and inputs.head is not None:
         squares = sum(piece.float().square().sum(0) for piece in inputs.head.split(HEAD_ROWS))
-        importance[f"{plan.structure.head}.weight"] = squares / len(inputs.head)
+        importance |= dict.fromkeys(output_layers(plan), squares / len(inputs.head))
     weights: dict[str, QuantizedTensor] = {}
     for name, entry in outside.items():
         weight = source.tensors(entry.layer.name)[name].to(compute_device(config.device)).float()

@@ -24,10 +24,11 @@ from auto_round.config import RunConfig, parse_formats
 from auto_round.device import compute_device, compute_dtype, repeatable_kernels
 from auto_round.errors import ConfigError
 from auto_round.formats import FormatTarget, export, verify
+from auto_round.formats.base import prescription
 from auto_round.formats.export import HEAD_BLOCK, checked_targets
 from auto_round.memory import release_freed
 from auto_round.models import discover, keep_joined
-from auto_round.outside import OutsideInputs, round_outside
+from auto_round.outside import OutsideInputs, output_layers, round_outside
 from auto_round.plan import Plan, resolve
 from auto_round.progress import Progress
 from auto_round.sources import open_source
@@ -99,7 +100,8 @@ def open_session(config: RunConfig, *, tokenizer: Any = None, processor: Any = N
     names = config.scheme.to_quant_block_names
     lists = [name.strip() for name in names.split(",")] if isinstance(names, str) else names
     structure = keep_joined(discover(source.model, lists), set(source.keys().values()))
-    plan = resolve(structure, config.scheme, nblocks=config.tune.nblocks)
+    prescribed = prescription(parse_formats(config.format), structure, source, tokenizer, config)
+    plan = resolve(structure, config.scheme, nblocks=config.tune.nblocks, prescription=prescribed)
     return Session(_clip_seqlen(config, source.model, tokenizer), source, tokenizer, plan, processor)
 
 
@@ -150,7 +152,7 @@ def quantize(session: Session, work: Path) -> RunStore:
     for warning in plan.warnings:
         logger.warning("%s", warning)
     data = None
-    if config.tune.needs_calibration or plan.needs_calibration:
+    if plan.needs_calibration or (config.tune.needs_calibration and plan.quantized()):
         data = _load_data(session)
     store = _open_store(work, session, data)
     with repeatable_kernels():
@@ -234,7 +236,7 @@ def _tune_everything(session: Session, store: RunStore, data: CalibrationSet) ->
 def _head_inputs(stream: BlockStream, plan: Plan) -> Tensor | None:
     """Returns (R, H) what the output layer sees at real tokens, None if it is not quantized."""
     head, mask = plan.structure.head, stream.data.attention_mask
-    if head is None or f"{head}.weight" not in plan.outside():
+    if head is None or not output_layers(plan):
         return None
     seen = stream.head_inputs(head, stream.quantized)
     return seen.flatten(0, -2) if mask is None else seen[mask.to(seen.device)]
@@ -253,7 +255,10 @@ def _pass_block(
     """Quantizes one group of blocks, or takes its result from the store, and moves the activations past it."""
     block, name = stream.load(index), session.plan.groups[index][0]
     done = store.has(name)
+    assert stream.original is not None
     targets_NTH = stream.run(block, stream.original) if needs_targets else None
+    if not tuner_for(session.config.tune).needs_original_inputs:
+        stream.forget_original()
     result = store.load(name) if done else _tune_block(session, stream, block, targets_NTH)
     if not done:
         result = _with_cache_scales(session, stream, block, result)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import fnmatch
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from auto_round.config import SchemeConfig
@@ -82,6 +82,7 @@ class Plan:
         adjustments: what was changed from what was asked.
         has_cache_scales: scales of an FP8 key/value cache are measured for each block.
         warnings: what works here but may not be taken by serving engines.
+        prescribed_by: the format that says what becomes of each weight, or None where the scheme options do.
     """
 
     entries: tuple[PlanEntry, ...]
@@ -91,6 +92,7 @@ class Plan:
     adjustments: tuple[Adjustment, ...]
     warnings: tuple[str, ...]
     has_cache_scales: bool = False
+    prescribed_by: str | None = None
 
     def quantized(self) -> dict[str, PlanEntry]:
         """Returns weight parameter name -> entry for every weight that is quantized."""
@@ -119,14 +121,39 @@ class Plan:
         return total / max(sum(weights), 1)
 
 
-def resolve(structure: ModelStructure, config: SchemeConfig, *, nblocks: int = 1) -> Plan:
+@dataclasses.dataclass(frozen=True, slots=True)
+class Prescription:
+    """What a format wants each weight to become, in place of the scheme options.
+
+    Attributes:
+        format: its name.
+        base: scheme of most weights.
+        schemes: layer name -> scheme and reason, for every linear layer and every layer in `more`.
+        more: further layers that are quantized, e.g. the embedding.
+        override: what a layer_config asks for, layer and scheme fields -> scheme; a ConfigError if there is no such.
+    """
+
+    format: str
+    base: QuantizationScheme
+    schemes: Mapping[str, tuple[QuantizationScheme, str]]
+    more: tuple[LinearInfo, ...]
+    override: Callable[[LinearInfo, Mapping[str, Any]], QuantizationScheme]
+
+
+def resolve(
+    structure: ModelStructure, config: SchemeConfig, *, nblocks: int = 1, prescription: Prescription | None = None
+) -> Plan:
     """Returns the plan for a model.
 
+    Args:
+        prescription: what a format says of each weight; layer_config and fp_layers win over it.
     Raises:
         ConfigError: patterns that match no layer, unknown scheme fields, or nothing left to quantize. All together.
     """
+    if prescription is not None:
+        return _prescribed(structure, config, nblocks, prescription)
     base = config.base_scheme()
-    overrides, problems = _resolve_patterns(structure, config)
+    overrides, problems = _resolve_patterns(structure.linears, config)
     entries, adjustments = [], []
     for layer in structure.linears:
         scheme, reason = _scheme_of(layer, structure, base, overrides, config)
@@ -144,10 +171,35 @@ def resolve(structure: ModelStructure, config: SchemeConfig, *, nblocks: int = 1
         problems.append("nothing is left to quantize: every layer is kept in 16 bits")
     if problems:
         raise ConfigError("\n".join(problems))
-    groups = [structure.blocks[start : start + nblocks] for start in range(0, len(structure.blocks), nblocks)]
     return Plan(
-        tuple(entries), tuple(groups), base, structure, tuple(adjustments), tuple(_fused_warnings(entries)),
-        has_cache_scales=config.static_kv_dtype is not None,
+        tuple(entries), _groups(structure, nblocks), base, structure, tuple(adjustments),
+        tuple(_fused_warnings(entries)), has_cache_scales=config.static_kv_dtype is not None,
+    )  # fmt: skip
+
+
+def _groups(structure: ModelStructure, nblocks: int) -> tuple[tuple[str, ...], ...]:
+    return tuple(structure.blocks[start : start + nblocks] for start in range(0, len(structure.blocks), nblocks))
+
+
+def _prescribed(structure: ModelStructure, config: SchemeConfig, nblocks: int, prescription: Prescription) -> Plan:
+    layers = (*structure.linears, *prescription.more)
+    overrides, problems = _resolve_patterns(layers, config)
+    entries = []
+    for layer in layers:
+        scheme, reason = prescription.schemes[layer.name]
+        if layer.name in overrides:
+            fields, pattern = overrides[layer.name]
+            reason = f"by '{pattern}'"
+            try:
+                scheme = prescription.override(layer, fields)
+            except ConfigError as error:
+                problems += [] if str(error) in problems else [str(error)]
+        entries.append(PlanEntry(layer, scheme, reason))
+    if problems:
+        raise ConfigError("\n".join(problems))
+    return Plan(
+        tuple(entries), _groups(structure, nblocks), prescription.base, structure, (), (),
+        has_cache_scales=config.static_kv_dtype is not None, prescribed_by=prescription.format,
     )  # fmt: skip
 
 
@@ -190,13 +242,13 @@ def _regex_matches(pattern: str, names: list[str]) -> list[str]:
 
 
 def _resolve_patterns(
-    structure: ModelStructure, config: SchemeConfig
+    layers: Sequence[LinearInfo], config: SchemeConfig
 ) -> tuple[dict[str, tuple[dict[str, Any], str]], list[str]]:
     """Returns layer name -> (scheme fields, the pattern that said so), and the problems found.
 
     Later patterns win over earlier ones, exact names over patterns, fp_layers over layer_config.
     """
-    names = [layer.name for layer in structure.linears]
+    names = [layer.name for layer in layers]
     rules: list[tuple[str, Any]] = sorted(config.layer_config.items(), key=lambda rule: rule[0] in names)
     rules += [(pattern.strip(), {"bits": 16}) for pattern in config.fp_layers.split(",") if pattern.strip()]
     found: dict[str, tuple[dict[str, Any], str]] = {}
@@ -329,7 +381,10 @@ def describe(plan: Plan) -> str:
         size = sum(e.layer.shape[0] * e.layer.shape[1] * e.stored_bits / 8e6 for e in entries)
         rows.append((kind, str(len(entries)), shape, scheme, f"{entries[0].stored_bits:.2f}", f"{size:.1f}", reason))
     lines = [table(rows)]
+    planned = {entry.layer.parameter for entry in plan.entries}
     for name, reason in plan.structure.other_weights.items():
+        if name in planned:
+            continue
         lines.append(f"{name}  stays: {reason}")
     lines.append(f"average bits of block weights, scales counted: {plan.average_bits():.2f}")
     lines += [f"changed: {adjustment}" for adjustment in plan.adjustments]

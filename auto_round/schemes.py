@@ -33,7 +33,8 @@ class QuantizationScheme:
         act_group_size, act_sym, act_data_type: as above, for activations. None: as for the weight. Groups of
             activations: -1 per token, 0 per tensor, else that many neighbouring features of a token.
         act_dynamic: ranges of activations are computed while the model runs, not calibrated.
-        super_bits, super_group_size: double quantization of the scales (GGUF k-quants).
+        super_bits, super_group_size: double quantization (GGUF k-quants): scales and minima of this many neighbouring
+            groups are codes of `super_bits` under a common scale of `scale_dtype`.
     """
 
     bits: int = 4
@@ -142,7 +143,7 @@ class QuantizationScheme:
         if not self.is_quantized:
             return "16-bit"
         weight = f"{self.data_type}{self.bits} {group_words(self.group_size)}"
-        if self.data_type == "int":
+        if self.data_type.startswith("int"):
             weight += " sym" if self.sym else " asym"
         return weight + (f", activations {self.activation}" if self.quantizes_activations else "")
 
@@ -173,6 +174,9 @@ STATIC_GLOBAL_SCALE = "nv_fp4_with_static_gs"
 DATA_TYPE_SPELLINGS: dict[str, tuple[str, dict[str, Any]]] = {
     "int_sym": ("int", {"sym": True}),
     "int_asym": ("int", {"sym": False}),
+    "int_sym_dq": ("int_dq", {"sym": True}),
+    "int_asym_dq": ("int_dq", {"sym": False}),
+    "int_asym_float_zp": ("int_float_zp", {"sym": False}),
     "fp8": ("fp", {"bits": 8}),
     "fp8_sym": ("fp", {"bits": 8}),
     "fp8_e4m3": ("fp", {"bits": 8}),
@@ -193,6 +197,7 @@ DATA_TYPE_FIELDS: dict[str, dict[str, Any]] = {
     "mx_fp_e3m2": {"group_size": 32, "bits": 6},
     "mx_fp_e5m2": {"group_size": 32, "bits": 8},
     "mx_int": {"group_size": 32},
+    "int_float_zp": {"group_size": 32, "sym": False},
     "nv_fp": {"group_size": 16, "bits": 4},
     "fp": {"group_size": -1, "bits": 8, "scale_dtype": "bfloat16"},
     "fp_e5m2": {"group_size": -1, "bits": 8, "scale_dtype": "bfloat16"},
@@ -268,11 +273,36 @@ def _float_presets() -> dict[str, QuantizationScheme]:
     return presets
 
 
+def _gguf_presets() -> dict[str, QuantizationScheme]:
+    """Returns the block types of GGUF by name. Each is one type; mixtures such as Q4_K_M are a matter of the format."""
+    presets = {f"GGUF:{name}": QuantizationScheme(bits=16) for name in ("F32", "F16", "FP16", "BF16")}
+    for bits in (4, 5, 8):
+        presets[f"GGUF:Q{bits}_0"] = QuantizationScheme(bits=bits, group_size=32)
+    for bits in (4, 5):
+        presets[f"GGUF:Q{bits}_1"] = _scheme(data_type="int_float_zp", bits=bits)
+    for bits, group_size, sym, super_bits in (
+        (2, 16, False, 4),
+        (3, 16, True, 6),
+        (4, 32, False, 6),
+        (5, 32, False, 6),
+        (6, 16, True, 8),
+    ):
+        presets[f"GGUF:Q{bits}_K"] = QuantizationScheme(
+            data_type="int_dq",
+            bits=bits,
+            group_size=group_size,
+            sym=sym,
+            super_bits=super_bits,
+            super_group_size=256 // group_size,
+        )
+    return presets
+
+
 def _scheme(**fields: Any) -> QuantizationScheme:
     return QuantizationScheme.from_dict(fields)
 
 
-PRESET_SCHEMES: dict[str, QuantizationScheme] = _int_presets() | _float_presets()
+PRESET_SCHEMES: dict[str, QuantizationScheme] = _int_presets() | _float_presets() | _gguf_presets()
 
 
 def preset_name_to_scheme(name: str) -> QuantizationScheme:

@@ -65,6 +65,10 @@ class QuantizedTensor:
         zero_point: (O, G) uint8 on the grid of codes; None when symmetric, or where codes are no integers.
         scheme: the scheme, with the group size that was really used.
         global_scale: () float32 that scales were multiplied by before they were stored (NVFP4), or None.
+        offset: (O, G) float32, added to codes times scale where groups have a minimum and no zero point, or None.
+        super_scale: (O, S) float32, of which the scales of `super_group_size` neighbouring groups are whole multiples
+            (double quantization), or None.
+        super_offset: (O, S) float32, not negative, of which the offsets are whole multiples, or None.
         input_peak: () float32, the largest magnitude of the layer's input seen in calibration; float64 where it was
             read back, so that the stored scale comes out of it again. None unless activations have calibrated ranges.
     """
@@ -75,6 +79,9 @@ class QuantizedTensor:
     scheme: QuantizationScheme
     global_scale: Tensor | None = None
     input_peak: Tensor | None = None
+    offset: Tensor | None = None
+    super_scale: Tensor | None = None
+    super_offset: Tensor | None = None
 
     def __post_init__(self) -> None:
         rows, width = self.codes.shape
@@ -84,6 +91,7 @@ class QuantizedTensor:
         assert self.scale.dtype == torch.float32, self.scale.dtype
         assert (self.zero_point is None) == (self.scheme.sym or self.scheme.data_type != "int")
         assert self.zero_point is None or self.zero_point.shape == groups
+        assert self.offset is None or self.offset.shape == groups
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -101,13 +109,18 @@ class QuantizedTensor:
         element = ELEMENTS.get((self.scheme.data_type, self.scheme.bits))
         if element is not None:
             return element.decode(self.codes)
+        if self.offset is not None:
+            return self.codes.float()
         zero_OI = expand_groups(self.zero_points().float(), self.scheme.group_size, self.shape[1])
         return self.codes.float() - zero_OI
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Returns (O, I) weights, levels times scale (over the global scale), in float32, rounded once to `dtype`."""
+        """Returns (O, I) weights, levels times scale (over the global scale) plus offset, in float32, then `dtype`."""
         scale_OG = self.scale if self.global_scale is None else self.scale / self.global_scale
-        return (expand_groups(scale_OG, self.scheme.group_size, self.shape[1]) * self.levels()).to(dtype)
+        weight_OI = expand_groups(scale_OG, self.scheme.group_size, self.shape[1]) * self.levels()
+        if self.offset is not None:
+            weight_OI = weight_OI + expand_groups(self.offset, self.scheme.group_size, self.shape[1])
+        return weight_OI.to(dtype)
 
     def to(self, device: torch.device | str) -> QuantizedTensor:
         """Returns the same weight on another device."""
@@ -133,7 +146,9 @@ def dequantize_by_rows(weight: QuantizedTensor, dtype: torch.dtype) -> Tensor:
 
 
 # Fields of QuantizedTensor that hold tensors, those that may be None last.
-TENSOR_FIELDS = ("codes", "scale", "zero_point", "global_scale", "input_peak")
+TENSOR_FIELDS = ("codes", "scale", "zero_point", "global_scale", "input_peak", "offset", "super_scale", "super_offset")
+# Those of them with a row for each row of the weight.
+ROW_FIELDS = ("codes", "scale", "zero_point", "offset", "super_scale", "super_offset")
 
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)

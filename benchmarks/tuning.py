@@ -3,9 +3,9 @@
     python benchmarks/tuning.py --shape 8b
     PYTHONPATH=/tmp/reference python benchmarks/tuning.py --shape 8b --options '{"enable_torch_compile": true}'
 
-The script takes whichever `auto_round` is on the path. Seconds of a block are the difference between a run of
-`--blocks` blocks and one of a single block, divided by the blocks between, so that loading, compiling and what happens
-once are left out. The last lines give the block's own forward and backward pass without quantization, eager, and the
+The script takes whichever `auto_round` is on the path. After a run of one block and four steps, which compiles
+what is needed once, a run of `--blocks` blocks is timed, search for scales and passes of all samples included. With
+`--floor` the last line gives the block's own forward and backward pass without quantization, eager, and the
 arithmetic floor: its matrix products at the rate of a large one.
 """
 
@@ -34,7 +34,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--batch_size", type=int, default=8)
     parser.add_argument("--scheme", default="W4A16")
     parser.add_argument("--options", default="{}", help="JSON of further keywords of AutoRound")
-    parser.add_argument("--floor", action="store_true", help="measure the block alone, too")
+    parser.add_argument("--floor", action="store_true", help="measure the block alone, eager, too")
     return parser.parse_args()
 
 
@@ -113,11 +113,12 @@ def main() -> None:
     import auto_round
 
     print(f"{torch.cuda.get_device_name()}, auto-round {auto_round.__version__}, {arguments.shape} {arguments.options}")
-    one, _ = tune(arguments, 1)
+    steps, arguments.iters = arguments.iters, 4
+    once, _ = tune(arguments, 1)
+    arguments.iters = steps
     torch.cuda.empty_cache()
-    several, memory = tune(arguments, arguments.blocks)
-    block = (several - one) / (arguments.blocks - 1)
-    print(f"{block:.2f} s a block, {one:.1f} s the first; {memory:.1f} GiB", flush=True)
+    seconds, memory = tune(arguments, arguments.blocks)
+    print(f"{seconds / arguments.blocks:.2f} s a block, {once:.1f} s once; {memory:.1f} GiB", flush=True)
     if arguments.floor:
         hidden, intermediate, heads, kv_heads = SHAPES[arguments.shape]
         weights = hidden * (2 * hidden + 2 * hidden * kv_heads // heads + 3 * intermediate)

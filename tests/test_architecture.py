@@ -20,7 +20,7 @@ LAYERS = (
     ("tensors", "config", "distributed"),
     ("device", "calls", "channels"),
     ("layouts", "data_types", "models", "calibration"),
-    ("shards", "calib_dataset", "progress", "conversion"),
+    ("shards", "calib_dataset", "progress", "conversion", "block"),
     ("stored_tensors",),
     ("checkpoint",),
     ("blocks", "plan", "store"),

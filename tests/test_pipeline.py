@@ -582,5 +582,5 @@ def test_the_demo_model_is_quantized_from_text(tmp_path):
         bits=2, group_size=64, iters=2, batch_size=4, device="cpu",
     )  # fmt: skip
     assert len(result.summaries) == 6
-    assert all(s["best_loss"] < s["first_loss"] * 1.000001 and not s["note"] for s in result.summaries.values())
+    assert all(s["best_loss"] <= s["first_loss"] for s in result.summaries.values())
     assert (tmp_path / "out" / "tokenizer.json").is_file()

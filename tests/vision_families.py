@@ -177,7 +177,7 @@ FAMILIES = {
             },
             **MEDIA_IDS, "tie_word_embeddings": False,
         },
-        "model.language_model.layers", patches(8), 4, "fused experts stay in 16 bits",
+        "model.language_model.layers", patches(8), 4, "",
     ),
     "llava": VisionFamily(
         "LLaVA 1.5", "LlavaForConditionalGeneration",
@@ -227,7 +227,7 @@ FAMILIES = {
             },
             "image_token_index": IMAGE,
         },
-        "language_model.model.layers", pixels(1, 3, 16, 16), 1, "fused experts stay in 16 bits",
+        "language_model.model.layers", pixels(1, 3, 16, 16), 1, "",
     ),
     "gemma3": VisionFamily(
         "Gemma 3", "Gemma3ForConditionalGeneration",
@@ -333,7 +333,7 @@ FAMILIES = {
             "vision_config": {"model_type": "idefics3_vision", **TOWER},
             "projector_patch_to_query_dict": {4: 3}, "image_token_index": IMAGE,
         },
-        "model.language_model.layers", pixels(1, 3, 16, 16), 3, "fused experts stay in 16 bits",
+        "model.language_model.layers", pixels(1, 3, 16, 16), 3, "",
     ),
     "deepseek_vl": VisionFamily(
         "DeepSeek-VL", "DeepseekVLForConditionalGeneration",

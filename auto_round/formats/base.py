@@ -8,15 +8,18 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
+from auto_round.checkpoint import WeightSource
 from auto_round.config import RunConfig
 from auto_round.errors import UnsupportedError
 from auto_round.formats.capability import Capability, counted
 from auto_round.layouts import Layout
-from auto_round.plan import Plan, PlanEntry
+from auto_round.models.base import ModelStructure
+from auto_round.plan import Plan, PlanEntry, Prescription
 from auto_round.registry import Registry
 from auto_round.schemes import QuantizationScheme
+from auto_round.store import RunStore
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,7 +77,32 @@ class Exporter(Protocol):
         ...
 
 
+@runtime_checkable
+class FileExporter(Exporter, Protocol):
+    """A format that is a file of its own kind instead of a checkpoint folder, and prescribes every weight's scheme."""
+
+    def prescription(
+        self, structure: ModelStructure, source: WeightSource, tokenizer: Any, config: RunConfig
+    ) -> Prescription:
+        """Returns what becomes of each weight; whatever keeps the file from being written is an error here."""
+        ...
+
+    def write(
+        self, folder: Path, *, plan: Plan, source: WeightSource, store: RunStore, config: RunConfig, tokenizer: Any
+    ) -> None:
+        """Writes the file into a folder that is there."""
+        ...
+
+    def check_written(
+        self, folder: Path, *, plan: Plan, source: WeightSource, store: RunStore, config: RunConfig
+    ) -> tuple[list[str], str]:
+        """Reopens the file; returns what is wrong with it, and a line on what was looked at."""
+        ...
+
+
 EXPORTERS: Registry[Exporter] = Registry("format")
+# Formats that a file format may be written with in one run: they hold whatever it prescribes.
+BESIDE_FILES = ("fake",)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -100,6 +128,29 @@ def targets(names: tuple[str, ...], output_dir: Path) -> list[FormatTarget]:
         return [FormatTarget(exporters[0], output_dir)]
     folders = [output_dir / folder_name(name) for name in names]
     return [FormatTarget(exporter, folder) for exporter, folder in zip(exporters, folders, strict=True)]
+
+
+def prescription(
+    names: tuple[str, ...], structure: ModelStructure, source: WeightSource, tokenizer: Any, config: RunConfig
+) -> Prescription | None:
+    """Returns what the one file format among those asked for prescribes; None if there is none.
+
+    Raises:
+        ConfigError: options that contradict it, or an unknown format.
+        UnsupportedError: formats beside it that cannot hold what it prescribes, or a model that it cannot hold.
+    """
+    files = {name: EXPORTERS[name] for name in names if name in EXPORTERS and isinstance(EXPORTERS[name], FileExporter)}
+    if not files:
+        return None
+    first, exporter = next(iter(files.items()))
+    others = [name for name in names if name != first and EXPORTERS[name].name not in BESIDE_FILES]
+    if others:
+        raise UnsupportedError(
+            f"{first} decides by itself what each weight becomes, so it cannot be written in one run with "
+            f"{', '.join(others)}. Give each its own run (only fake may stand beside it)"
+        )
+    assert isinstance(exporter, FileExporter)
+    return exporter.prescription(structure, source, tokenizer, config)
 
 
 def folder_name(format_name: str) -> str:

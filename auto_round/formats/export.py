@@ -18,7 +18,7 @@ from torch import Tensor
 from auto_round.checkpoint import WeightSource, copy_side_files, without_quantization
 from auto_round.config import MODEL_DTYPES, RunConfig, parse_size
 from auto_round.errors import ConfigError
-from auto_round.formats.base import EXPORTERS, Exporter, FormatTarget, check, targets
+from auto_round.formats.base import EXPORTERS, Exporter, FileExporter, FormatTarget, check, targets
 from auto_round.formats.packing import Joints, Packing, in_stored_names
 from auto_round.memory import release_freed
 from auto_round.plan import Plan
@@ -50,6 +50,9 @@ def export(
     """
     check_not_source(folder, source)
     folder.mkdir(parents=True, exist_ok=True)
+    if isinstance(exporter, FileExporter):
+        exporter.write(folder, plan=plan, source=source, store=store, config=config, tokenizer=tokenizer)
+        return
     clear_weights(folder)
     asked = MODEL_DTYPES[config.model_dtype] if config.model_dtype else None
     writer = ShardWriter(folder, parse_size(config.max_shard_size))

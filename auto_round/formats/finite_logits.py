@@ -107,7 +107,7 @@ def _forward(
     stream = BlockStream(
         source, groups, data, device=device, dtype=dtype, storage=device, batch_size=SAMPLES, quantized_chain=False
     )
-    hidden_NTH = stream.original
+    hidden_NTH = stream.quantized
     if not _finite(hidden_NTH):
         return _broken("the embedding", {}, dtype)
     for index, name in enumerate(blocks):

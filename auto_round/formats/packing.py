@@ -13,7 +13,7 @@ from torch import Tensor
 from auto_round.checkpoint import WeightSource
 from auto_round.formats.base import Exporter, copied_dtype
 from auto_round.layouts import Layout
-from auto_round.models.base import LinearInfo
+from auto_round.models.base import ROUTER, LinearInfo
 from auto_round.plan import Plan, PlanEntry
 from auto_round.schemes import QuantizationScheme
 
@@ -93,20 +93,23 @@ def _is_of_packed(name: str | None, packing: Packing) -> bool:
 
 
 def in_stored_names(plan: Plan, keys: Mapping[str, str | None]) -> Plan:
-    """Returns a plan whose layers have the names within their blocks that the checkpoint gives them.
+    """Returns a plan whose experts and routers have the names within their blocks that the checkpoint gives them.
 
-    Engines know these (Mixtral's `block_sparse_moe.experts.0.w1`). Where the model calls whole blocks otherwise than
-    the checkpoint, as vision-language models do, the model's names stay: engines and Transformers map both.
+    Engines know these (Mixtral's `block_sparse_moe.experts.0.w1`). Whatever else the model calls otherwise than the
+    checkpoint, as vision-language models do their blocks, keeps the model's name: loaders map it.
 
     Args:
         keys: checkpoint key -> parameter name.
     """
     stored = {name: key for key, name in keys.items() if name is not None and key != name}
+    routers = {layer.parameter for layer in plan.structure.linears if layer.kept == ROUTER}
+    routers |= {name for name, reason in plan.structure.other_weights.items() if reason == ROUTER}
+    routed = {name for name in stored if ".experts." in name or name in routers}
     renamed = {}
     for block in plan.structure.blocks:
         own = _stored_module(block, stored)
         for name, key in stored.items():
-            if name.startswith(block + ".") and key.startswith(own + "."):
+            if name in routed and name.startswith(block + ".") and key.startswith(own + "."):
                 renamed[name] = block + key.removeprefix(own)
     renamed = {name: key for name, key in renamed.items() if name != key}
     if not renamed:

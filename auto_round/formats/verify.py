@@ -19,7 +19,7 @@ from torch import Tensor
 from auto_round.checkpoint import WeightSource
 from auto_round.config import MODEL_DTYPES, RunConfig
 from auto_round.errors import VerificationError
-from auto_round.formats.base import Exporter
+from auto_round.formats.base import Exporter, FileExporter
 from auto_round.formats.export import HEAD_BLOCK
 from auto_round.formats.finite_logits import LogitsOutcome, check_logits
 from auto_round.formats.packing import Joints, Packing
@@ -84,13 +84,15 @@ class Verified:
 
 def verify(
     exporter: Exporter, folder: Path, *, plan: Plan, source: WeightSource, store: RunStore, config: RunConfig
-) -> Verified:
-    """Checks the checkpoint of one format and logs one line.
+) -> Verified | str:
+    """Checks what one format has written, logs one line and returns what it says.
 
     Raises:
         VerificationError: with everything that is wrong. The folder is left as it is.
     """
     started = time.monotonic()
+    if isinstance(exporter, FileExporter):
+        return _verify_file(exporter, folder, plan=plan, source=source, store=store, config=config)
     written = WrittenCheckpoint(folder)
     expected = expected_tensors(exporter, plan, source, config)
     scales = {name: scale for block in store.finished() for name, scale in store.cache_scales(block).items()}
@@ -121,6 +123,18 @@ def verify(
         len(expected.weights), copied, expected.tied, dropped, len(layers), len(copies), outcome.summary,
         time.monotonic() - started,
     )  # fmt: skip
+    logger.info("checked %s: %s", folder, done)
+    return done
+
+
+def _verify_file(
+    exporter: FileExporter, folder: Path, *, plan: Plan, source: WeightSource, store: RunStore, config: RunConfig
+) -> str:
+    started = time.monotonic()
+    problems, done = exporter.check_written(folder, plan=plan, source=source, store=store, config=config)
+    if problems:
+        raise VerificationError(_report(folder, problems))
+    done = f"{done}, {time.monotonic() - started:.1f} s"
     logger.info("checked %s: %s", folder, done)
     return done
 

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from auto_round.blocks import Block, InputQuantizer
+from auto_round.block import Block, InputQuantizer
 from auto_round.data_types.activations import quantize_activation, stored_peak
 from auto_round.schemes import QuantizationScheme
 from auto_round.tensors import BlockResult

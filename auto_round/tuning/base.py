@@ -9,7 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from auto_round.blocks import Block
+from auto_round.block import Block
 from auto_round.config import TuneConfig
 from auto_round.data_types import DATA_TYPES
 from auto_round.plan import FUSED_GROUPS
@@ -26,7 +26,8 @@ class TuningTask:
         schemes: weight name -> scheme, for the weights to quantize.
         transposed: names of weights stored (in, out).
         inputs: (N, T, H) what the block sees, as the quantized blocks before it give it.
-        original_inputs: (N, T, H) what the original model gives it; the same tensor when only one chain is kept.
+        original_inputs: (N, T, H) what the original model gives it; the same tensor when only one chain is kept, None
+            when the tuner does not need it.
         targets: (N, T, H) the original block's output, or None when the tuner does not need it.
         mask: (N, T) bool, False for padding, or None.
         batches: samples of each forward pass.
@@ -37,7 +38,7 @@ class TuningTask:
     schemes: Mapping[str, QuantizationScheme]
     transposed: frozenset[str]
     inputs: Tensor
-    original_inputs: Tensor
+    original_inputs: Tensor | None
     targets: Tensor | None
     mask: Tensor | None
     batches: Sequence[slice]
@@ -82,6 +83,7 @@ class Tuner(Protocol):
     """Chooses codes, scales and zero points for the weights of a block."""
 
     needs_targets: bool
+    needs_original_inputs: bool
 
     def __call__(self, task: TuningTask, config: TuneConfig) -> BlockResult:
         """Returns the quantized weights of a block."""

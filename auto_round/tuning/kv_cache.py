@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from auto_round.blocks import Block
+from auto_round.block import Block
 from auto_round.elements import E4M3
 from auto_round.errors import UnsupportedError
 

@@ -38,6 +38,7 @@ class PlainRounding:
     """Plain round-to-nearest. Needs no calibration."""
 
     needs_targets = False
+    needs_original_inputs = False
 
     def __call__(self, task: TuningTask, config: TuneConfig) -> BlockResult:  # noqa: ARG002
         """Returns each weight rounded by itself."""
@@ -51,11 +52,13 @@ class SearchedRounding:
     """Round-to-nearest with searched scales ("optimized RTN"). One forward pass of calibration text."""
 
     needs_targets = False
+    needs_original_inputs = True
 
     def __call__(self, task: TuningTask, config: TuneConfig) -> BlockResult:  # noqa: ARG002
         """Returns each weight rounded under the importance of its input channels."""
+        inputs = task.inputs if task.original_inputs is None else task.original_inputs
         importance: Mapping[str, Tensor] = group_products(
-            task.block, task.original_inputs, task.batches, task.schemes, mask_NT=task.mask
+            task.block, inputs, task.batches, task.schemes, mask_NT=task.mask
         )
         peaks = task.tensor_peaks()
         weights = {

@@ -26,7 +26,7 @@ from auto_round.config import TuneConfig
 from auto_round.data_types import DATA_TYPES
 from auto_round.memory import release_freed
 from auto_round.schemes import QuantizationScheme
-from auto_round.tensors import BlockResult, QuantizedTensor
+from auto_round.tensors import ROW_FIELDS, BlockResult, QuantizedTensor
 from auto_round.tuning.base import TuningTask
 from auto_round.tuning.capture import compiled_or_eager, repeat_on_device
 from auto_round.tuning.fused_step import FusedWeight, fused_weight
@@ -48,6 +48,10 @@ class SignRound:
 
     needs_targets = True
 
+    def __init__(self, *, needs_original_inputs: bool = True) -> None:
+        """Original inputs are what the curvature of `enable_alg_ext` is found on; without it they can be left out."""
+        self.needs_original_inputs = needs_original_inputs
+
     def __call__(self, task: TuningTask, config: TuneConfig) -> BlockResult:
         """Returns the tuned weights of a block; rounding to nearest, with a note, if a loss is not finite."""
         assert task.targets is not None
@@ -60,6 +64,11 @@ class SignRound:
             fallback = PlainRounding() if config.disable_opt_rtn else SearchedRounding()
             result = fallback(task, config)
             return dataclasses.replace(result, note="losses are not finite; rounded to nearest instead")
+        if last_loss > first_loss:
+            # Steps of 1/iters are too long for a handful of iterations.
+            run.go_back()
+            note = "steps did not lower the loss; kept the searched rounding"
+            return BlockResult(run.encoded(), run.plain_values(), first_loss, first_loss, 0, note=note)
         return BlockResult(run.encoded(), run.plain_values(), first_loss, last_loss, best_step)
 
 
@@ -73,7 +82,7 @@ class _BlockRun:
         self.plain = _plain_parameters(task) if config.enable_norm_bias_tuning else {}
         self.plain_sizes = {name: float(tensor.abs().mean()) for name, tensor in self.plain.items()}
         self.adam = _adam(self.weights, self.plain, config) if config.adam else None
-        self.forward = compiled_or_eager(task.block.forward) if config.enable_torch_compile else task.block.forward
+        self.forward = compiled_or_eager(task.block.forward) if self._is_compiled() else task.block.forward
         assert task.targets is not None
         self.elements_per_token = task.targets.shape[-1]
         self.fused = _fused_weights(task, self.weights) if self.adam is None else {}
@@ -86,7 +95,9 @@ class _BlockRun:
         self.best_step = torch.zeros((), dtype=torch.int64, device=device)
         alone = distributed.world_size() == 1 and self.adam is None
         self.moves_in_backward = alone and not self._may_be_captured()
-        self.keeps_best = not config.not_use_best_mse and not config.enable_alg_ext
+        # To stop where the loss no longer falls is to keep what was best.
+        wants_best = not config.not_use_best_mse or config.dynamic_max_gap > 0
+        self.keeps_best = wants_best and not config.enable_alg_ext
         # Of the best step only what is stored is kept: a byte a weight, where its offset would take four.
         self.best = {n: w.encoded() for n, w in self.weights.items()} if self.keeps_best else {}
         self.best_plain = {n: tensor.clone() for n, tensor in self.plain.items()} if self.keeps_best else self.plain
@@ -104,6 +115,14 @@ class _BlockRun:
                 break
         return int(self.best_step) if self.keeps_best else config.iters
 
+    def go_back(self) -> None:
+        """Sets all parameters to where they started, and keeps these."""
+        for tuned in self.weights.values():
+            for name, tensor in tuned.data_type.trainable(tuned.weight, tuned.scheme).items():
+                tuned.params[name].copy_(tensor)
+        self.plain = _plain_parameters(self.task) if self.plain else {}
+        self.best, self.best_plain = {}, self.plain
+
     def _may_be_captured(self) -> bool:
         """Whether a step is launch-bound and free of host work: small blocks on one GPU, samples all of one length."""
         block = self.task.block
@@ -111,6 +130,17 @@ class _BlockRun:
         varying = any(calls.per_sample for calls in block.calls) or self.task.mask is not None
         on_device = self.task.inputs.device.type == "cuda" and distributed.world_size() == 1
         return on_device and size <= CAPTURED_WEIGHTS and not varying and self.adam is None
+
+    def _is_compiled(self) -> bool:
+        """Whether the block is compiled: if asked, or where that is sure to pay.
+
+        An 8B block's step takes 30 ms instead of 49 then, and all blocks share what is compiled once. Experts that are
+        called one by one would be compiled one by one.
+        """
+        block, asked = self.task.block, self.config.enable_torch_compile
+        if asked is not None:
+            return asked
+        return block.device.type == "cuda" and not self._may_be_captured() and not block.experts()
 
     def step(self, samples: Tensor) -> None:
         """Takes one step on some samples."""
@@ -276,6 +306,7 @@ def _make_weights(task: TuningTask, config: TuneConfig) -> dict[str, TunedWeight
     importance = channel_importance(task.block, task.inputs, task.batches, names, mask_NT=task.mask)
     sensitivity: Mapping[str, Tensor] = {}
     if config.enable_alg_ext:
+        assert task.original_inputs is not None
         probes = list(task.batches)[:PROBE_BATCHES]
         sensitivity = output_sensitivity(
             task.block, task.original_inputs, probes, names, task.generator(), mask_NT=task.mask
@@ -306,11 +337,10 @@ def _reach(scheme: QuantizationScheme, config: TuneConfig) -> float:
 
 def _keep_where(condition: Tensor, now: QuantizedTensor, kept: QuantizedTensor, rows: slice) -> None:
     """Overwrites rows of `kept` with `now` where a scalar condition holds, without asking the device."""
-    pairs = [(now.codes, kept.codes), (now.scale, kept.scale)]
-    if now.zero_point is not None and kept.zero_point is not None:
-        pairs.append((now.zero_point, kept.zero_point))
-    for value, place in pairs:
-        torch.where(condition, value, place[rows], out=place[rows])
+    for field in ROW_FIELDS:
+        value, place = getattr(now, field), getattr(kept, field)
+        if value is not None:
+            torch.where(condition, value, place[rows], out=place[rows])
 
 
 def _plain_parameters(task: TuningTask) -> dict[str, Tensor]:

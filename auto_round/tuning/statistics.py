@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from auto_round.blocks import Block
+from auto_round.block import Block
 from auto_round.models.experts import LinearExperts, every_expert_sees_all_tokens
 from auto_round.schemes import QuantizationScheme
 

@@ -7,7 +7,7 @@ import torch
 
 from auto_round.data_types import DATA_TYPES
 from auto_round.data_types.base import cast_ste, round_ste
-from auto_round.schemes import QuantizationScheme
+from auto_round.schemes import QuantizationScheme, to_scheme
 
 # A new data type is tested here by its entry.
 SCHEMES = {
@@ -17,6 +17,8 @@ SCHEMES = {
         for group_size, scale_dtype in ((32, "fp16"), (-1, "bf16"), (0, "fp32"))
         for sym in (True, False)
     ],
+    "int_dq": [to_scheme(f"gguf:q{bits}_k") for bits in (2, 3, 4, 5, 6)],
+    "int_float_zp": [to_scheme(f"gguf:q{bits}_1") for bits in (4, 5)],
     "fp": [
         QuantizationScheme.from_dict({"data_type": "fp", "group_size": group_size})
         for group_size in (-1, 0, 16, (4, 32))
@@ -30,7 +32,8 @@ SCHEMES = {
 }
 CASES = [pytest.param(scheme, id=f"{scheme} {scheme.scale_dtype}") for rows in SCHEMES.values() for scheme in rows]
 SHAPE = (6, 80)
-STORED_SCALES = {"nv_fp": torch.float8_e4m3fn}  # types with a scale format of their own
+# Types with a scale format of their own: E4M3, products of a float16 number and a code.
+STORED_SCALES = {"nv_fp": torch.float8_e4m3fn, "int_dq": torch.float32}
 
 
 def random_weight(seed: int = 0) -> torch.Tensor:

@@ -8,12 +8,18 @@ from safetensors.torch import load_file
 
 from auto_round.config import SchemeConfig
 from auto_round.formats import EXPORTERS
+from auto_round.formats.base import FileExporter
 from auto_round.formats.capability import ALL_BITS, BOTH
 from auto_round.models import discover
 from auto_round.plan import resolve
 from auto_round.schemes import PRESET_SCHEMES
 
-FORMATS = {name: exporter for name, exporter in EXPORTERS.items() if name == exporter.name}
+# Formats that are files of their own kind have suites of their own.
+FORMATS = {
+    name: exporter
+    for name, exporter in EXPORTERS.items()
+    if name == exporter.name and not isinstance(exporter, FileExporter)
+}
 INTEGER_SETS = [
     (name, schemes)
     for name, exporter in FORMATS.items()

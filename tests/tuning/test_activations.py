@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from auto_round.blocks import Block, BlockCalls
+from auto_round.block import Block
 from auto_round.calibration import CalibrationSet
+from auto_round.calls import BlockCalls
 from auto_round.config import TuneConfig
 from auto_round.data_types.activations import quantize_activation, stored_peak
 from auto_round.schemes import PRESET_SCHEMES

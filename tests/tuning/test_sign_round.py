@@ -5,11 +5,12 @@ import math
 import pytest
 import torch
 
-from auto_round.blocks import Block
+from auto_round.block import Block
 from auto_round.calibration import CalibrationSet
 from auto_round.config import TuneConfig
 from auto_round.data_types import DATA_TYPES
-from auto_round.schemes import QuantizationScheme
+from auto_round.layouts import LAYOUTS
+from auto_round.schemes import QuantizationScheme, to_scheme
 from auto_round.tensors import BlockResult, to_groups
 from auto_round.tuning import PlainRounding, SearchedRounding, SignRound, round_searched
 from auto_round.tuning.sign_round import _BlockRun, _decay
@@ -19,6 +20,7 @@ from auto_round.tuning.tuned_weight import CLIP_BOUNDS
 W2 = QuantizationScheme(bits=2, group_size=32)
 W2A = QuantizationScheme(bits=2, group_size=32, sym=False)
 W4 = QuantizationScheme(bits=4, group_size=32)
+BLOCK_TYPES = ("q2_k", "q3_k", "q4_k", "q5_1")
 
 
 def config_of(**changes):
@@ -60,6 +62,23 @@ def test_tuning_ends_below_rounding_to_nearest(kind, scheme, make_task, make_mod
     assert result.best_loss < result.first_loss
     plain, searched = PlainRounding()(task, config_of()), SearchedRounding()(task, config_of())
     assert output_error(task, result) < min(output_error(task, plain), output_error(task, searched))
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes"),
+    [(kind, changes) for kind in BLOCK_TYPES for changes in ({"enable_alg_ext": True}, {})]
+    + [("q2_k", {"adam": True})],
+)
+def test_blocks_of_gguf_are_tuned_on_the_grid_that_a_file_holds(kind, changes, make_task, make_model):
+    model = make_model(hidden_size=256, intermediate_size=256)
+    task = make_task(to_scheme(f"gguf:{kind}"), model=model, names=("q_proj", "v_proj", "down_proj"))
+    result = tune(task, iters=12, **changes)
+    assert output_error(task, result) < 0.9 * output_error(task, start_of(task))
+    layout = LAYOUTS[f"gguf_{kind}"]
+    for weight in result.weights.values():
+        assert layout.refuses(weight.scheme, weight.shape) is None
+        back = layout.unpack(layout.pack(weight), weight.scheme, weight.shape)
+        assert torch.equal(back.dequantize(), weight.dequantize())
 
 
 def start_of(task) -> BlockResult:
@@ -150,23 +169,23 @@ def losses_seen(monkeypatch):
 def test_the_parameters_of_the_least_loss_are_kept(make_task, monkeypatch):
     seen = losses_seen(monkeypatch)
     task = make_task(W2)
-    run = _BlockRun(task, config_of(batch_size=2, lr=0.2, iters=15))
+    run = _BlockRun(task, config_of(batch_size=2, lr=0.2, iters=15, not_use_best_mse=False))
     kept = run.descend()
     least = min(range(15), key=lambda step: seen[step][0])
     assert kept == least
     assert all(torch.equal(weight.dequantize(), seen[least][1][name]) for name, weight in run.encoded().items())
 
 
-def test_not_use_best_mse_keeps_the_last_step(make_task, monkeypatch):
+def test_the_last_step_is_kept_if_not_told_otherwise(make_task, monkeypatch):
     seen = losses_seen(monkeypatch)
     task = make_task(W2)
-    run = _BlockRun(task, config_of(batch_size=2, lr=0.2, iters=15, not_use_best_mse=True))
+    run = _BlockRun(task, config_of(batch_size=2, lr=0.2, iters=15))
     assert run.descend() == 15
     assert len(seen) == 15
     last = dequantized_now(run)
     assert all(torch.equal(weight.dequantize(), last[name]) for name, weight in run.encoded().items())
     assert not any(torch.equal(last[name], before) for name, before in seen[-1][1].items())
-    assert tune(task, iters=15, not_use_best_mse=True).best_step == 15
+    assert tune(task, iters=15).best_step == 15
 
 
 def test_dynamic_max_gap_stops_after_so_many_steps_without_a_better_loss(make_task, monkeypatch):
@@ -400,3 +419,14 @@ def test_gradients_of_a_float16_block_do_not_vanish(make_task):
     factors = [run._backward_factor(elements) for elements in (1, 8 * 2048 * 4096)]
     assert factors == [2.0**-6, 2.0**-6]
     assert _BlockRun(task, config_of())._backward_factor(1000) == 1 / 1000
+
+
+@pytest.mark.parametrize("extra", [{}, {"enable_norm_bias_tuning": True}], ids=["plain", "norms"])
+def test_steps_that_only_raise_the_loss_are_taken_back(extra, make_task):
+    task = make_task(W4)
+    result = tune(task, iters=3, lr=2.0, lr_scheduler="constant", **extra)
+    assert result.best_loss == result.first_loss
+    assert result.best_step == 0
+    assert result.note == "steps did not lower the loss; kept the searched rounding"
+    assert_same_weights(result, start_of(task))
+    assert all(torch.equal(value, task.block.tensors[name]) for name, value in result.plain.items())

@@ -5,8 +5,9 @@ import pytest
 import torch
 from torch import nn
 
-from auto_round.blocks import Block, BlockCalls
+from auto_round.block import Block
 from auto_round.calibration import CalibrationSet
+from auto_round.calls import BlockCalls
 from auto_round.schemes import QuantizationScheme
 from auto_round.tuning.statistics import channel_importance, group_products, output_sensitivity
 
