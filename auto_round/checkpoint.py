@@ -70,6 +70,10 @@ class WeightSource(Protocol):
         """Returns the fused tensor of a key of `fused`, made of the tensors in its place by their keys."""
         ...
 
+    def fused_experts(self) -> tuple[str, ...]:
+        """Returns the modules of experts that Transformers loads from fused tensors only, not one by one."""
+        ...
+
 
 class CheckpointSource:
     """A folder of safetensors (or pickled weights, converted once by torch's weights_only loader).
@@ -117,7 +121,10 @@ class CheckpointSource:
         self.model = self.original = self._unfused.model
         self._map = map_keys(stored, self._unfused)
         self._places = {
-            part: (key, piece) for key, held in self._map.fused.items() for part, piece in held.parts.items()
+            part: (key, piece)
+            for key, held in self._map.fused.items()
+            for part, piece in held.parts.items()
+            if key in stored
         }
 
     def keys(self) -> dict[str, str | None]:
@@ -150,6 +157,10 @@ class CheckpointSource:
         """Returns the fused tensor of a key of `fused`, made of the tensors in its place."""
         held = self._map.fused[key]
         return self._unfused.join(held.name, {held.parameters[part]: tensor for part, tensor in tensors.items()})
+
+    def fused_experts(self) -> tuple[str, ...]:
+        """Returns the modules of experts that Transformers loads from fused tensors only, not one by one."""
+        return tuple(self._unfused.experts) if self._unfused.is_stored_fused else ()
 
     def tensors(self, prefix: str) -> dict[str, Tensor]:
         """Returns parameters and buffers below a module; an empty prefix means everything outside the blocks."""
@@ -227,6 +238,10 @@ class ModuleSource:
         """Returns the fused tensor of a key of `fused`, made of the tensors in its place."""
         held = self._fused[key]
         return self._unfused.join(held.name, {held.parameters[part]: tensor for part, tensor in tensors.items()})
+
+    def fused_experts(self) -> tuple[str, ...]:
+        """Returns the modules of experts that Transformers loads from fused tensors only, not one by one."""
+        return tuple(self._unfused.experts) if self._unfused.is_stored_fused else ()
 
     def tensors(self, prefix: str) -> dict[str, Tensor]:
         """Returns parameters and buffers below a module, by full name within the model."""

@@ -100,6 +100,7 @@ def open_session(config: RunConfig, *, tokenizer: Any = None, processor: Any = N
     names = config.scheme.to_quant_block_names
     lists = [name.strip() for name in names.split(",")] if isinstance(names, str) else names
     structure = keep_joined(discover(source.model, lists), set(source.keys().values()))
+    structure = dataclasses.replace(structure, fused_experts=source.fused_experts())
     prescribed = prescription(parse_formats(config.format), structure, source, tokenizer, config)
     plan = resolve(structure, config.scheme, nblocks=config.tune.nblocks, prescription=prescribed)
     return Session(_clip_seqlen(config, source.model, tokenizer), source, tokenizer, plan, processor)

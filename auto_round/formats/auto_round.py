@@ -130,7 +130,10 @@ def _register(name: str, summary: str, capability: Capability, packing: str | No
 
 EVERYTHING = dataclasses.replace(INTEGERS, schemes=(*INTEGERS.schemes, *COMPRESSED_TENSORS.schemes[1:]))
 HERE_AND_VLLM = dataclasses.replace(
-    COMPRESSED_TENSORS, loads_in="Transformers; vLLM, SGLang where they have a kernel", cache_scales=False
+    COMPRESSED_TENSORS,
+    loads_in="Transformers; vLLM, SGLang where they have a kernel",
+    cache_scales=False,
+    fused_experts=True,
 )
 
 _register("auto_round", "this package's own format, its tensors chosen by scheme", EVERYTHING, None)

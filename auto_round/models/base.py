@@ -51,6 +51,7 @@ class ModelStructure:
         head: name of the output layer ("lm_head"), or None.
         tied_head: the output layer shares its weight with the embedding.
         other_weights: parameters of two and more dimensions that are no linear layer: name -> why they stay.
+        fused_experts: modules of experts that Transformers loads from fused tensors only, not one by one.
     """
 
     blocks: tuple[str, ...]
@@ -59,6 +60,7 @@ class ModelStructure:
     head: str | None
     tied_head: bool
     other_weights: dict[str, str]
+    fused_experts: tuple[str, ...] = ()
 
 
 class ModelFamily:

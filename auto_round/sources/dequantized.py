@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from auto_round.sources.method import SourceMethod
-from auto_round.sources.parts import is_range, packed_weights
+from auto_round.sources.parts import PackedWeight, is_range, packed_weights
 from auto_round.sources.unpack import dense_shape, unpack
 from auto_round.stored_tensors import NamedTensors
 from auto_round.tensors import dequantize_by_rows
@@ -36,7 +36,7 @@ class DequantizedTensors(NamedTensors):
 
     def __getitem__(self, key: str) -> Tensor:
         if key not in self.packed:
-            return self.stored[key]
+            return self._plain(key, self.stored[key])
         if self._last is not None and self._last[0] == key:
             return self._last[1]
         self._last = None
@@ -48,7 +48,7 @@ class DequantizedTensors(NamedTensors):
     def outline(self, key: str) -> Tensor:
         """Returns shape and dtype of a tensor, on the meta device."""
         if key not in self.packed:
-            return self.stored.outline(key)
+            return self._plain(key, self.stored.outline(key))
         # Files are mapped: a part whose values are not looked at is not read.
         shape = dense_shape(self._parts(key), self.method, key)
         if self._turned(key, shape):
@@ -60,8 +60,7 @@ class DequantizedTensors(NamedTensors):
 
         That is a range of activations, or the bias of zeros that AutoGPTQ puts beside each weight.
         """
-        weight = self.packed.get(key.removesuffix(".bias") + ".weight") if key.endswith(".bias") else None
-        return is_range(key) or (weight is not None and not bool(self.stored[key].any()))
+        return is_range(key) or (self._layer_of_bias(key) is not None and not bool(self.stored[key].any()))
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._keys)
@@ -71,6 +70,14 @@ class DequantizedTensors(NamedTensors):
 
     def __len__(self) -> int:
         return len(self._keys)
+
+    def _plain(self, key: str, tensor: Tensor) -> Tensor:
+        """Returns a tensor that is not packed; biases that a format keeps in float16 have the model's dtype again."""
+        return tensor.to(self.dtype) if self._layer_of_bias(key) else tensor
+
+    def _layer_of_bias(self, key: str) -> PackedWeight | None:
+        """Returns the quantized weight that a tensor is the bias of."""
+        return self.packed.get(f"{key.removesuffix('.bias')}.weight") if key.endswith(".bias") else None
 
     def _parts(self, key: str) -> Mapping[str, Tensor]:
         return {name: self.stored[part] for name, part in self.packed[key].parts.items()}
