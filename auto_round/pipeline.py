@@ -23,6 +23,7 @@ from auto_round.checkpoint import WeightSource, load_processor, resolve_folder
 from auto_round.config import RunConfig, parse_formats
 from auto_round.device import compute_device, compute_dtype, repeatable_kernels
 from auto_round.errors import ConfigError
+from auto_round.extra_tensors import extra_modules
 from auto_round.formats import FormatTarget, export, verify
 from auto_round.formats.base import prescription
 from auto_round.formats.export import HEAD_BLOCK, checked_targets
@@ -100,7 +101,8 @@ def open_session(config: RunConfig, *, tokenizer: Any = None, processor: Any = N
     names = config.scheme.to_quant_block_names
     lists = [name.strip() for name in names.split(",")] if isinstance(names, str) else names
     structure = keep_joined(discover(source.model, lists), set(source.keys().values()))
-    structure = dataclasses.replace(structure, fused_experts=source.fused_experts())
+    known = {"fused_experts": source.fused_experts(), "extra_modules": extra_modules(source)}
+    structure = dataclasses.replace(structure, **known)
     prescribed = prescription(parse_formats(config.format), structure, source, tokenizer, config)
     plan = resolve(structure, config.scheme, nblocks=config.tune.nblocks, prescription=prescribed)
     return Session(_clip_seqlen(config, source.model, tokenizer), source, tokenizer, plan, processor)

@@ -23,7 +23,7 @@ LAYERS = (
     ("shards", "calib_dataset", "progress", "conversion", "block"),
     ("stored_tensors",),
     ("checkpoint",),
-    ("blocks", "plan", "store"),
+    ("blocks", "plan", "store", "extra_tensors"),
     ("tuning", "formats", "inference"),
     ("sources",),
     ("outside",),

@@ -18,8 +18,10 @@ from torch import Tensor
 from auto_round.checkpoint import WeightSource, copy_side_files, without_quantization
 from auto_round.config import MODEL_DTYPES, RunConfig, parse_size
 from auto_round.errors import ConfigError
+from auto_round.extra_tensors import extra_matrices
 from auto_round.formats.base import EXPORTERS, Exporter, FileExporter, FormatTarget, check, targets
 from auto_round.formats.packing import Joints, Packing, in_stored_names
+from auto_round.formats.written import listed
 from auto_round.memory import release_freed
 from auto_round.plan import Plan
 from auto_round.shards import ShardWriter, clear_weights
@@ -76,6 +78,9 @@ def export(
     for stored_key, tensor in _untied_head(packing, source, store, _torch_dtype(asked)).items():
         writer.add(stored_key, tensor)
     writer.close()
+    extra = extra_matrices(source)
+    if extra:
+        logger.info("%s: %s, which the model does not know", folder, listed(f"carried over {len(extra)}", extra)[0])
     _write_configs(exporter, folder, plan, source, config)
     if source.folder is not None:
         copy_side_files(source.folder, folder)

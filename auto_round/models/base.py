@@ -52,6 +52,7 @@ class ModelStructure:
         tied_head: the output layer shares its weight with the embedding.
         other_weights: parameters of two and more dimensions that are no linear layer: name -> why they stay.
         fused_experts: modules of experts that Transformers loads from fused tensors only, not one by one.
+        extra_modules: modules, by their names in the checkpoint, that the model's class does not know.
     """
 
     blocks: tuple[str, ...]
@@ -61,6 +62,7 @@ class ModelStructure:
     tied_head: bool
     other_weights: dict[str, str]
     fused_experts: tuple[str, ...] = ()
+    extra_modules: tuple[str, ...] = ()
 
 
 class ModelFamily:
