@@ -27,6 +27,7 @@ from auto_round.calibration import CalibrationSet
 from auto_round.calls import (
     NOT_CALLED,
     BlockCalls,
+    GivenWeight,
     IndexedOutputError,
     ReachedError,
     Recorder,
@@ -39,8 +40,9 @@ from auto_round.calls import (
 )
 from auto_round.channels import ChannelMeans
 from auto_round.checkpoint import WeightSource
-from auto_round.errors import CalibrationError, CheckpointError, UnsupportedError
+from auto_round.errors import CalibrationError, UnsupportedError
 from auto_round.models.base import has_tied_head, head_name
+from auto_round.skeleton import outside_tensors, with_padded_row
 
 
 class BlockStream:
@@ -80,6 +82,7 @@ class BlockStream:
         self.channel_means: dict[str, Tensor] = {}
         self.shows_all_experts = shows_all_experts
         self._skeleton = self._load_skeleton()
+        self._with_head: dict[str, Tensor] = {}
         self._as_tuple = False
         self.original: Tensor | None
         try:
@@ -180,6 +183,31 @@ class BlockStream:
             self._replay(last, chain_NTH)
         return self._without_extra(collected)
 
+    def logits(self, hidden_NTH: Tensor, samples: Tensor, head: Tensor | None = None) -> Tensor:
+        """Returns (N, T, V) what the model predicts for some samples when its last block gives `hidden_NTH`.
+
+        Args:
+            hidden_NTH: on the compute device; the result is differentiable in it, and in `head`.
+            head: (V, H) in place of the output layer's weight.
+        """
+        model, name = self.source.model, head_name(self.source.model)
+        self._with_head = self._with_head or self._load_skeleton(with_head=True)
+        bias = self._with_head.get(f"{name}.bias")
+        last = [block for block in self._names() if self._calls[block].runs][-1]
+        rows = torch.cat([hidden_NTH, hidden_NTH[:1]]) if self._extra else hidden_NTH
+        with (
+            replaced_modules(model, self._names(), lambda _name: Replay(as_tuple=self._as_tuple)),
+            replaced_modules(model, [name] if name and head is not None else [], lambda _name: GivenWeight(head, bias)),
+        ):
+            stand_in: Any = model.get_submodule(last)
+            stand_in.output = rows
+            return self._forward_skeleton(samples, self._with_head).logits[: len(hidden_NTH)]
+
+    @property
+    def changes_between_blocks(self) -> bool:
+        """Whether the model changes hidden states between two blocks, so that no block gives the next its input."""
+        return bool(self._changed)
+
     def _replay(self, name: str, chain_NTH: Tensor) -> None:
         """Runs the skeleton with a stand-in that gives the activations of a chain."""
         stand_in: Any = self.source.model.get_submodule(name)
@@ -197,19 +225,19 @@ class BlockStream:
 
     @property
     def _extra(self) -> int:
-        """Rows at the end of each pass of the skeleton that are no samples, see `_with_padded_row`."""
+        """Rows at the end of each pass of the skeleton that are no samples, see `with_padded_row`."""
         return 1 if self.data.attention_mask is not None and self.data.media is None else 0
 
     def _pieces(self) -> list[slice]:
         """Returns the samples of each pass of the skeleton: pictures go one sample at a time, for they differ."""
         return self.batches() if self.data.media is None else [slice(i, i + 1) for i in range(len(self.data))]
 
-    def _load_skeleton(self) -> dict[str, Tensor]:
-        """Returns what lies outside the blocks, without the output layer, which no pass here runs."""
+    def _load_skeleton(self, *, with_head: bool = False) -> dict[str, Tensor]:
+        """Returns what lies outside the blocks, without the output layer unless it is to run."""
         head = head_name(self.source.model)
-        tied = has_tied_head(self.source.model)
+        keeps_head = with_head or head is None or has_tied_head(self.source.model)
         outside = outside_tensors(self.source, self.groups)
-        kept = {n: t for n, t in outside.items() if tied or head is None or not n.startswith(head + ".")}
+        kept = {n: t for n, t in outside.items() if keeps_head or not n.startswith(f"{head}.")}
         return {name: moved_to(tensor, self.device, self.dtype) for name, tensor in kept.items()}
 
     @torch.no_grad()
@@ -262,52 +290,13 @@ class BlockStream:
                 "tuned together with the block before it. Use nblocks=1"
             )
 
-    def _forward_skeleton(self, samples: Tensor) -> None:
+    def _forward_skeleton(self, samples: Tensor, skeleton: Mapping[str, Tensor] | None = None) -> Any:
         ids, arguments = self.data.input_ids[samples], {}
         if self.data.attention_mask is not None:
             mask = self.data.attention_mask[samples]
-            ids, mask = _with_padded_row(ids, mask) if self._extra else (ids, mask.long())
+            ids, mask = with_padded_row(ids, mask) if self._extra else (ids, mask.long())
             arguments["attention_mask"] = mask
         arguments = {"input_ids": ids, **arguments, **self.data.media_of(samples)}
         moved = {name: moved_to(tensor, self.device, self.dtype) for name, tensor in arguments.items()}
-        functional_call(self.source.model, self._skeleton, (), {**moved, "use_cache": False}, strict=False)
-
-
-def _with_padded_row(ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns a batch with one more row, padded at its end, and its mask.
-
-    A model leaves the mask out for a batch that nothing is padded in. The extra row makes it build one for every
-    batch, so that samples of all batches can be mixed later; its results are dropped.
-    """
-    extra = torch.ones_like(mask[:1])
-    extra[:, -1] = False
-    return torch.cat([ids, ids[:1]]), torch.cat([mask, extra]).long()
-
-
-def outside_tensors(source: WeightSource, groups: Sequence[tuple[str, ...]]) -> dict[str, Tensor]:
-    """Returns parameters and buffers outside the blocks, by name, tied ones once (functional_call ties them)."""
-    inside = tuple(name + "." for group in groups for name in group)
-    tensors = {n: source.read(k) for k, n in source.keys().items() if n is not None and not n.startswith(inside)}
-    for name, buffer in source.model.named_buffers():
-        if not name.startswith(inside) and not buffer.is_meta:
-            tensors.setdefault(name, buffer)
-    stored = {id(p) for n, p in source.model.named_parameters(remove_duplicate=False) if n in tensors}
-    for name, parameter in source.model.named_parameters():
-        if not name.startswith(inside) and name not in tensors and id(parameter) not in stored:
-            tensors.update(_converted_tensors(source, name, inside))
-    return tensors
-
-
-def _converted_tensors(source: WeightSource, name: str, inside: tuple[str, ...]) -> dict[str, Tensor]:
-    """Returns a parameter that no stored tensor is a copy of (one of q, k, v that are stored as one), and its kin.
-
-    Its source knows the module that the stored tensor belongs to, which may be some levels up.
-    """
-    place = name.rpartition(".")[0]
-    while True:
-        try:
-            return source.tensors(place)
-        except CheckpointError:
-            place = place.rpartition(".")[0]
-            if not place or any(block.startswith(place + ".") for block in inside):
-                raise
+        tensors: Any = self._skeleton if skeleton is None else skeleton
+        return functional_call(self.source.model, tensors, (), {**moved, "use_cache": False}, strict=False)

@@ -157,6 +157,17 @@ class Replay(nn.Module):
         return (given,) if self.as_tuple else given
 
 
+class GivenWeight(nn.Module):
+    """Stands in for the output layer, with a weight that gradients reach."""
+
+    def __init__(self, weight: Tensor | None, bias: Tensor | None) -> None:
+        super().__init__()
+        self.given = (weight, bias)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return nn.functional.linear(hidden, *self.given)
+
+
 @contextlib.contextmanager
 def replaced_modules(model: nn.Module, names: Sequence[str], make: Callable[[str], nn.Module]) -> Iterator[None]:
     """Puts stand-ins in the place of modules and takes them out again, whatever happens."""

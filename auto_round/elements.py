@@ -40,6 +40,14 @@ class FloatElement:
         """Returns the distance between neighbouring numbers around each x, a power of two."""
         return power_of_two(self._exponent(x.abs().clamp(max=self.largest)) - self.mantissa_bits)
 
+    def offset_unit(self, x: Tensor) -> Tensor:
+        """Returns the unit of rounding offsets around each x.
+
+        FP4's distances are 0.5, 1 and 2. Offsets in units of 1 can move its small numbers by a whole step and its large
+        ones by a quarter, which tunes better than half a step everywhere. FP6 and FP8 have distances too far apart.
+        """
+        return torch.ones_like(x) if self.bits == 4 else self.spacing(x)
+
     def round(self, x: Tensor) -> Tensor:
         """Returns the nearest number of the format for each x, float32."""
         step = self.spacing(x)
@@ -81,6 +89,10 @@ class FixedElement:
     def spacing(self, x: Tensor) -> Tensor:
         """Returns the distance between neighbouring numbers, the same everywhere."""
         return torch.full_like(x, 2.0**-self.fraction_bits)
+
+    def offset_unit(self, x: Tensor) -> Tensor:
+        """Returns the unit of rounding offsets, a step."""
+        return self.spacing(x)
 
     def round(self, x: Tensor) -> Tensor:
         """Returns the nearest number of the format for each x, float32."""

@@ -6,6 +6,7 @@ Both the command line and the API end here. State lives in the block stream (act
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import logging
 import time
@@ -16,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from auto_round import __version__, distributed
+from auto_round import __version__, distributed, end_to_end
 from auto_round.blocks import Block, BlockStream
 from auto_round.calibration import CalibrationSet, has_pictures, load_calibration, load_pictures
 from auto_round.checkpoint import WeightSource, load_processor, resolve_folder
@@ -105,6 +106,7 @@ def open_session(config: RunConfig, *, tokenizer: Any = None, processor: Any = N
     structure = dataclasses.replace(structure, **known)
     prescribed = prescription(parse_formats(config.format), structure, source, tokenizer, config)
     plan = resolve(structure, config.scheme, nblocks=config.tune.nblocks, prescription=prescribed)
+    end_to_end.check(config, plan)
     return Session(_clip_seqlen(config, source.model, tokenizer), source, tokenizer, plan, processor)
 
 
@@ -154,32 +156,31 @@ def quantize(session: Session, work: Path) -> RunStore:
         logger.info("changed: %s", adjustment)
     for warning in plan.warnings:
         logger.warning("%s", warning)
-    data = None
-    if plan.needs_calibration or (config.tune.needs_calibration and plan.quantized()):
-        data = _load_data(session)
+    needs_calibration = plan.needs_calibration or (config.tune.needs_calibration and bool(plan.quantized()))
+    data = _load_data(session) if needs_calibration or config.end_to_end.e2e_steps else None
     store = _open_store(work, session, data)
     with repeatable_kernels():
-        if data is None:
+        if data is None or not needs_calibration:
             _round_everything(session, store)
         else:
             _tune_everything(session, store, data)
-    distributed.barrier()
+        distributed.barrier()
+        if data is not None and config.end_to_end.e2e_steps:
+            opened = functools.partial(_open_stream, session, data, quantized_chain=False)
+            end_to_end.tune_scales(plan, store, config, opened, seed=block_seed(config.tune.seed, "end_to_end"))
     assert all(store.has(group[0]) for group in plan.groups), source
     return store
 
 
 def _load_data(session: Session) -> CalibrationSet:
-    calib, seed = session.config.calib, session.config.tune.seed
+    calib = session.config.calib
+    size = {"nsamples": calib.nsamples, "seqlen": calib.seqlen, "seed": session.config.tune.seed}
     if not has_pictures(calib.dataset):
-        return load_calibration(
-            calib.dataset, session.tokenizer, nsamples=calib.nsamples, seqlen=calib.seqlen, seed=seed
-        )
+        return load_calibration(calib.dataset, session.tokenizer, **size)
     processor, folder = session.processor, session.source.folder
     if processor is None and folder is not None and isinstance(calib.dataset, str | Path):
         processor = load_processor(folder, trust_remote_code=session.config.trust_remote_code)
-    return load_pictures(
-        calib.dataset, processor, nsamples=calib.nsamples, seqlen=calib.seqlen, seed=seed, folder=calib.extra_data_dir
-    )
+    return load_pictures(calib.dataset, processor, **size, folder=calib.extra_data_dir)
 
 
 def dequantized(store: RunStore, plan: Plan) -> Iterator[tuple[str, Tensor]]:
@@ -224,6 +225,7 @@ def _tune_everything(session: Session, store: RunStore, data: CalibrationSet) ->
         return
     tuner = tuner_for(config.tune)
     stream = _open_stream(session, data, quantized_chain=config.tune.enable_quanted_input and tuner.needs_targets)
+    end_to_end.check_stream(stream, config)
     progress = Progress(len(plan.groups))
     for index in range(len(plan.groups)):
         last = index == len(plan.groups) - 1 and not outside_left
@@ -352,6 +354,7 @@ def _open_store(work: Path, session: Session, data: CalibrationSet | None) -> Ru
         distributed.barrier()
         return RunStore.existing(work)
     store = RunStore(work, fingerprint, resume=session.config.resume)
+    end_to_end.drop_other(store, session.config)
     distributed.barrier()
     return store
 

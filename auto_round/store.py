@@ -6,6 +6,8 @@ finished block. A file appears under its name only when it is whole (written bes
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import json
 import os
 from collections.abc import Iterator, Mapping
@@ -22,7 +24,10 @@ from auto_round.schemes import QuantizationScheme
 from auto_round.tensors import TENSOR_FIELDS, BlockResult, QuantizedTensor
 
 RUN_FILE = "run.json"
+# Beside the blocks, not in them: a stage that changes scales of all blocks is finished with one rename, or not at all.
+SCALES_FILE = "end_to_end.safetensors"
 SHOWN_DIFFERENCES = 12
+SCALE_FIELDS = ("scale", "global_scale", "offset", "super_scale", "super_offset")
 
 
 class RunStore:
@@ -71,7 +76,8 @@ class RunStore:
         return self._file(block).is_file()
 
     def save(self, block: str, result: BlockResult) -> None:
-        """Stores what tuning a block gave."""
+        """Stores what tuning a block gave. Scales that were saved for the blocks as they were do not count any more."""
+        self.drop_scales()
         tensors: dict[str, Tensor] = {}
         schemes = {}
         for name, weight in result.weights.items():
@@ -85,11 +91,7 @@ class RunStore:
         for kind, found in (("plain", result.plain), ("cache_scale", result.cache_scales)):
             tensors |= {f"{name}|{kind}": tensor.cpu().contiguous() for name, tensor in found.items()}
         metadata = {"schemes": json.dumps(schemes), "summary": json.dumps(result.summary())}
-        partial = self._file(block).with_suffix(".partial")
-        save_file(tensors, str(partial), metadata=metadata)
-        with open(partial, "rb") as written:
-            os.fsync(written.fileno())
-        partial.rename(self._file(block))
+        _save_whole(self._file(block), tensors, metadata)
 
     def load(self, block: str) -> BlockResult:
         """Returns what `save` was given.
@@ -99,14 +101,44 @@ class RunStore:
         """
         if not self.has(block):
             raise CheckpointError(f"{self.folder}: block {block} is not finished")
-        try:
-            return self._load(block)
-        except SafetensorError as error:
-            raise CheckpointError(f"{self._file(block)} is damaged ({error}). Remove it; --resume redoes it") from error
+        return self._with_saved_scales(self._load(block))
+
+    def save_scales(self, weights: Mapping[str, QuantizedTensor], options: Mapping[str, Any], **summary: Any) -> None:
+        """Stores scales that take the place of those in the blocks' files whenever a block is loaded.
+
+        Args:
+            weights: those whose scales changed.
+            options: everything that they depend on besides blocks and fingerprint.
+            summary: plain JSON values, for people.
+        """
+        tensors = {
+            f"{name}|{field}": tensor.cpu().contiguous()
+            for name, weight in weights.items()
+            for field in SCALE_FIELDS
+            if (tensor := getattr(weight, field)) is not None
+        }
+        metadata = {"options": json.dumps(_plain(options)), "summary": json.dumps(summary)}
+        _save_whole(self._scales_file, tensors, metadata)
+
+    def scales_record(self) -> dict[str, Any]:
+        """Returns {"options", "summary"} as `save_scales` was given them; empty if it was not called.
+
+        Raises:
+            CheckpointError: the file is damaged.
+        """
+        if not self._scales_file.is_file():
+            return {}
+        with self._opened(self._scales_file) as handle:
+            metadata = handle.metadata()
+        return {name: json.loads(metadata[name]) for name in ("options", "summary")}
+
+    def drop_scales(self) -> None:
+        """Makes the blocks' own scales count again."""
+        self._scales_file.unlink(missing_ok=True)
 
     def cache_scales(self, block: str) -> dict[str, Tensor]:
         """Returns only the scales of an FP8 key/value cache of a finished block."""
-        with safe_open(self._file(block), framework="pt") as handle:
+        with self._opened(self._file(block)) as handle:
             return _ending(handle, "|cache_scale")
 
     def plain(self, block: str) -> dict[str, Tensor]:
@@ -115,15 +147,12 @@ class RunStore:
         Raises:
             CheckpointError: the block's file is damaged.
         """
-        try:
-            with safe_open(self._file(block), framework="pt") as handle:
-                return _ending(handle, "|plain")
-        except SafetensorError as error:
-            raise CheckpointError(f"{self._file(block)} is damaged ({error}). Remove it; --resume redoes it") from error
+        with self._opened(self._file(block)) as handle:
+            return _ending(handle, "|plain")
 
     def _load(self, block: str) -> BlockResult:
         weights: dict[str, QuantizedTensor] = {}
-        with safe_open(self._file(block), framework="pt") as handle:
+        with self._opened(self._file(block)) as handle:
             metadata = handle.metadata()
             schemes = json.loads(metadata["schemes"])
             keys = set(handle.keys())
@@ -145,7 +174,8 @@ class RunStore:
 
     def clear(self) -> None:
         """Removes every result; the folder itself stays."""
-        for file in [*self.blocks.glob("*.safetensors"), *self.blocks.glob("*.partial"), self.folder / RUN_FILE]:
+        own = (self._scales_file, self._scales_file.with_suffix(".partial"), self.folder / RUN_FILE)
+        for file in [*self.blocks.glob("*.safetensors"), *self.blocks.glob("*.partial"), *own]:
             file.unlink(missing_ok=True)
 
     def remove(self) -> None:
@@ -157,6 +187,30 @@ class RunStore:
 
     def _file(self, block: str) -> Path:
         return self.blocks / f"{block}.safetensors"
+
+    @property
+    def _scales_file(self) -> Path:
+        return self.folder / SCALES_FILE
+
+    def _with_saved_scales(self, result: BlockResult) -> BlockResult:
+        if not self._scales_file.is_file():
+            return result
+        weights = dict(result.weights)
+        with self._opened(self._scales_file) as handle:
+            keys = set(handle.keys())
+            for name, weight in weights.items():
+                saved = {f: handle.get_tensor(f"{name}|{f}") for f in SCALE_FIELDS if f"{name}|{f}" in keys}
+                weights[name] = dataclasses.replace(weight, **saved)
+        return dataclasses.replace(result, weights=weights)
+
+    @staticmethod
+    @contextlib.contextmanager
+    def _opened(file: Path) -> Iterator[Any]:
+        try:
+            with safe_open(file, framework="pt") as handle:
+                yield handle
+        except SafetensorError as error:
+            raise CheckpointError(f"{file} is damaged ({error}). Remove it; --resume redoes it") from error
 
     def _read_fingerprint(self) -> dict[str, Any] | None:
         file = self.folder / RUN_FILE
@@ -196,6 +250,14 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     for name, value in values.items():
         flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
     return flat
+
+
+def _save_whole(file: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    partial = file.with_suffix(".partial")
+    save_file(tensors, str(partial), metadata=metadata)
+    with open(partial, "rb") as written:
+        os.fsync(written.fileno())
+    partial.rename(file)
 
 
 def _write_whole(file: Path, text: str) -> None:

@@ -20,6 +20,7 @@ FLAGS = {
     "--calibrate_all_experts", "--disable_act_dynamic", "--disable_amp", "--disable_minmax_tuning", "--disable_opt_rtn",
     "--disable_quanted_input", "--dry_run", "--dtype", "--dynamic_max_gap", "--enable_alg_ext",
     "--enable_minmax_tuning", "--enable_norm_bias_tuning", "--enable_quanted_input", "--enable_torch_compile",
+    "--e2e_lr", "--e2e_steps",
     "--eval_bs", "--format", "--formats", "--fp_layers", "--gradient_accumulate_steps", "--group_size", "--help",
     "--ignore_layers", "--iter", "--iters", "--layer_config", "--low_gpu_mem_usage", "--lr", "--lr_scheduler",
     "--max_shard_size", "--minmax_lr", "--mllm", "--model", "--model_dtype", "--model_name", "--model_name_or_path",

@@ -7,6 +7,7 @@ from auto_round.config import (
     PARTS,
     RECIPES,
     CalibConfig,
+    EndToEndConfig,
     RunConfig,
     SchemeConfig,
     TuneConfig,
@@ -86,7 +87,7 @@ def test_all_unknown_options_are_reported_together():
     assert "'bits'" not in str(caught.value)
 
 
-@pytest.mark.parametrize("name", ["calib", "tune"])
+@pytest.mark.parametrize("name", ["calib", "tune", "end_to_end"])
 def test_a_part_is_no_option(name):
     with pytest.raises(ConfigError, match=f"unknown option '{name}'"):
         RunConfig.from_options(**{name: {}})
@@ -107,6 +108,7 @@ def test_a_part_is_no_option(name):
         pytest.param(
             TuneConfig, {"nblocks": 0, "gradient_accumulate_steps": 0}, ["nblocks=0", "gradient_acc"], id="groups"
         ),
+        pytest.param(EndToEndConfig, {"e2e_steps": -1, "e2e_lr": 0.0}, ["e2e_steps=-1", "e2e_lr=0.0"], id="end to end"),
         pytest.param(RunConfig, {"model_dtype": "int8"}, ["model_dtype='int8'", "bf16"], id="model dtype"),
         pytest.param(RunConfig, {"max_shard_size": "5 apples"}, ["5 apples", "5GB"], id="shard size"),
     ],

@@ -62,6 +62,7 @@ CASES = {
     "one-rank-idle": {"batch_size": 1, "gradient_accumulate_steps": 1},
     "searched": {"iters": 0},
     "rounded": {"iters": 0, "disable_opt_rtn": True},
+    "end-to-end": {"iters": 0, "e2e_steps": 4, "quant_lm_head": True, "seed": 2},
 }
 
 
@@ -120,6 +121,11 @@ def test_two_ranks_write_the_bits_of_one_process(case, two_ranks, token_ids, tmp
     pipeline.run(pipeline.open_session(RunConfig.from_options(**options)))
     one, two = RunStore.existing(tmp_path / "work"), RunStore.existing(place / case / "work")
     assert list(one.finished()) == list(two.finished())
+    kept = {
+        name: record["summary"]["kept_step"] if (record := store.scales_record()) else None
+        for name, store in (("one", one), ("two", two))
+    }
+    assert kept["one"] == kept["two"] != 0
     for block in one.finished():
         a, b = one.load(block), two.load(block)
         assert a.summary() == b.summary()

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 
 from auto_round.errors import CheckpointError, ResumeMismatchError
 from auto_round.schemes import QuantizationScheme
-from auto_round.store import RunStore
+from auto_round.store import SCALES_FILE, RunStore
 from auto_round.tensors import BlockResult, QuantizedTensor, group_count
 
 OPTIONS = {"bits": 4, "scheme": {"group_size": 128}, "seed": 42}
@@ -215,3 +216,65 @@ def test_a_damaged_fingerprint_does_not_stop_a_new_run(tmp_path):
     RunStore(tmp_path, OPTIONS, resume=False)
     (tmp_path / "run.json").write_text("{")
     assert RunStore(tmp_path, OPTIONS, resume=False).fingerprint == OPTIONS
+
+
+# --- scales that take the place of those of blocks --------------------------------------------------------------
+
+
+def doubled(result):
+    return {name: dataclasses.replace(weight, scale=weight.scale * 2) for name, weight in result.weights.items()}
+
+
+def test_saved_scales_take_the_place_of_a_blocks_own(tmp_path):
+    store = RunStore(tmp_path, OPTIONS, resume=False)
+    result = block_result()
+    store.save("model.layers.0", result)
+    changed = dict(list(doubled(result).items())[:3])
+    store.save_scales(changed, {"steps": 3}, kept=1)
+    loaded = RunStore.existing(tmp_path).load("model.layers.0").weights
+    for name, weight in result.weights.items():
+        assert torch.equal(loaded[name].scale, changed[name].scale if name in changed else weight.scale)
+        assert torch.equal(loaded[name].codes, weight.codes)
+    assert store.scales_record() == {"options": {"steps": 3}, "summary": {"kept": 1}}
+    assert list(store.finished()) == ["model.layers.0"]
+    store.drop_scales()
+    again = store.load("model.layers.0").weights
+    assert all(torch.equal(again[name].scale, weight.scale) for name, weight in result.weights.items())
+    assert store.scales_record() == {}
+
+
+def test_a_scale_of_the_tensor_is_saved_too(tmp_path):
+    store = RunStore(tmp_path, OPTIONS, resume=False)
+    scheme = QuantizationScheme.from_dict({"data_type": "nv_fp"})
+    weight = QuantizedTensor(torch.ones(2, 16, dtype=torch.uint8), torch.ones(2, 1), None, scheme, torch.tensor(3.0))
+    store.save("b", BlockResult({"b.w.weight": weight}))
+    store.save_scales({"b.w.weight": dataclasses.replace(weight, global_scale=torch.tensor(5.0))}, {})
+    assert float(store.load("b").weights["b.w.weight"].global_scale) == 5.0
+
+
+def test_a_block_that_is_stored_anew_drops_saved_scales(tmp_path):
+    store = RunStore(tmp_path, OPTIONS, resume=False)
+    result = block_result()
+    store.save("model.layers.0", result)
+    store.save_scales(doubled(result), {})
+    store.save("model.layers.0", result)
+    assert store.scales_record() == {}
+
+
+def test_saved_scales_live_as_long_as_the_results(tmp_path):
+    result = block_result()
+    store = RunStore(tmp_path / "w", OPTIONS, resume=False)
+    store.save("model.layers.0", result)
+    store.save_scales(doubled(result), {"steps": 3})
+    assert RunStore(tmp_path / "w", OPTIONS, resume=True).scales_record()
+    store.remove()
+    assert not (tmp_path / "w").exists()
+
+
+def test_damaged_scales_name_their_file(tmp_path):
+    store = RunStore(tmp_path, OPTIONS, resume=False)
+    store.save("model.layers.0", block_result())
+    (tmp_path / SCALES_FILE).write_bytes(b"damaged")
+    for read in (store.scales_record, lambda: store.load("model.layers.0")):
+        with pytest.raises(CheckpointError, match=SCALES_FILE):
+            read()

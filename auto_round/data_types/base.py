@@ -33,8 +33,8 @@ class RoundingState:
     """Where each weight stands on the grid, for steps that look at more than the straight-through gradient.
 
     Attributes:
-        scale: (O, G, K or 1) float32 step of the grid, in units of the weight.
-        residual: (O, G, K) latent value minus its rounded value, in units of the scale; in [-0.5, 0.5].
+        scale: (O, G, K or 1) float32 unit of the offsets, in units of the weight.
+        residual: (O, G, K) latent value minus its rounded value, in that unit.
         in_range: (O, G, K) bool, whether rounding did not hit an end of the grid.
     """
 

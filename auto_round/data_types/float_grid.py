@@ -1,9 +1,9 @@
 """What the float data types share: a group's weights, in units of its scale, rounded to the numbers of an element.
 
-The rounding offset V is in units of the local distance between numbers, so that V = 0.5 is half a step everywhere:
-W_hat = scale * round_element(W / scale + V * spacing(W / scale)). With V = 0 this is the arithmetic of the OCP and
-vendor documents. Data types differ in how scales are chosen and stored (`ScaleRule`), which is all that their files
-say.
+The rounding offset V is in units of the local distance between numbers, so that V = 0.5 is half a step, but for FP4,
+where it is in units of the scale (`offset_unit`): W_hat = scale * round_element(W / scale + V * unit). With V = 0 this
+is the arithmetic of the OCP and vendor documents. Data types differ in how scales are chosen and stored (`ScaleRule`),
+which is all that their files say.
 
 Shape letters as in tensors.py. Scales here are (O, G, 1) float32; where rows share a scale, each row has it.
 """
@@ -182,12 +182,13 @@ def levels_of(weight_OI: Tensor, scheme: QuantizationScheme, scale_OG1: Tensor, 
 
 
 def rounding_state(weight_OI: Tensor, scheme: QuantizationScheme, scale_OG1: Tensor, params: Params) -> RoundingState:
-    """Returns step of the grid, distance from the rounded value in steps, and whether it was not clipped, (O, G, K)."""
+    """Returns the unit of offsets, distance from the rounded value in it, and whether it was not clipped, (O, G, K)."""
     element = element_of(scheme)
     moved = _moved(weight_OI, scheme, scale_OG1, params, element)
-    spacing = element.spacing(to_groups(weight_OI.float(), scheme.group_size) / scale_OG1)
-    residual = ((moved - element.round(moved)) / spacing).clamp(-0.5, 0.5)
-    return RoundingState(scale_OG1 * spacing, residual, moved.abs() <= element.largest)
+    latent = to_groups(weight_OI.float(), scheme.group_size) / scale_OG1
+    unit, half = element.offset_unit(latent), element.spacing(moved) / 2
+    residual = (moved - element.round(moved)).clamp(-half, half) / unit
+    return RoundingState(scale_OG1 * unit, residual, moved.abs() <= element.largest)
 
 
 def best_scale(
@@ -234,4 +235,4 @@ def _moved(
     weight_OI: Tensor, scheme: QuantizationScheme, scale_OG1: Tensor, params: Params, element: Element
 ) -> Tensor:
     latent = to_groups(weight_OI.float(), scheme.group_size) / scale_OG1
-    return latent + params["rounding"] * element.spacing(latent.detach())
+    return latent + params["rounding"] * element.offset_unit(latent.detach())

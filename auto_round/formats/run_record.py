@@ -23,4 +23,4 @@ def run_record(plan: Plan, config: RunConfig) -> dict[str, Any]:
     names += ("enable_alg_ext", "enable_minmax_tuning", "enable_norm_bias_tuning")
     described |= {name: getattr(tune, name) for name in names}
     described["scale_dtype"] = f"torch.{plan.base.scale_dtype}"
-    return {name: value for name, value in described.items() if value != DEFAULTS[name]}
+    return {name: value for name, value in described.items() if value not in (None, DEFAULTS[name])}

@@ -235,10 +235,10 @@ class _BlockRun:
     def _move(self, gradients: Mapping[str, Tensor], unit: float = 1.0) -> None:
         """Moves every parameter by the sign of its gradient (or by AdamW); kernels multiply theirs by `unit`."""
         config = self.config
-        clip_step = config.clip_step if config.enable_minmax_tuning else 0.0
         for name, tuned in self.weights.items():
             if name not in gradients:
                 continue
+            clip_step = _clip_step(tuned, config)
             if name in self.fused:
                 rounding_step = config.rounding_step * 2 * tuned.reach
                 self.fused[name].move(gradients[name], self.decay, rounding_step, clip_step, unit)
@@ -251,7 +251,7 @@ class _BlockRun:
                     self._move_one(tensor, found[parameter], size)
         for name, tensor in self.plain.items():
             if name in gradients:
-                self._move_one(tensor, gradients[name], self.plain_sizes[name] * NORM_STEP * clip_step)
+                self._move_one(tensor, gradients[name], self.plain_sizes[name] * NORM_STEP * config.clip_step)
         if self.adam is not None:
             for group in self.adam.param_groups:
                 group["lr"] = group["initial_lr"] * float(self.decay)
@@ -330,6 +330,16 @@ def _fused_weights(task: TuningTask, weights: Mapping[str, TunedWeight]) -> dict
     return {name: fused for name, fused in found.items() if fused is not None}
 
 
+def _clip_step(tuned: TunedWeight, config: TuneConfig) -> float:
+    """Returns the first step of a weight's clip factors, 0 where they stay.
+
+    Scales of float types and of GGUF blocks are few and searched exactly: moving them made perplexity worse.
+    """
+    wanted = config.enable_minmax_tuning
+    moves = tuned.data_type.name == "int" if wanted is None else wanted
+    return config.clip_step if moves else 0.0
+
+
 def _reach(scheme: QuantizationScheme, config: TuneConfig) -> float:
     """Returns how far a rounding offset may travel, in steps of the grid."""
     return 1.0 if config.enable_alg_ext and scheme.bits <= WIDE_REACH_BITS else 0.5
@@ -353,10 +363,10 @@ def _plain_parameters(task: TuningTask) -> dict[str, Tensor]:
 
 def _adam(weights: Mapping[str, TunedWeight], plain: Mapping[str, Tensor], config: TuneConfig) -> torch.optim.AdamW:
     rounding = [tuned.params["rounding"] for tuned in weights.values()]
-    clips = [t for tuned in weights.values() for name, t in tuned.params.items() if name != "rounding"]
-    clip_step = config.clip_step if config.enable_minmax_tuning else 0.0
+    moving = [tuned for tuned in weights.values() if _clip_step(tuned, config)]
+    clips = [tensor for tuned in moving for name, tensor in tuned.params.items() if name != "rounding"]
     groups = [{"params": rounding, "lr": config.rounding_step, "initial_lr": config.rounding_step}]
-    groups += [{"params": clips, "lr": clip_step, "initial_lr": clip_step}]
+    groups += [{"params": clips, "lr": config.clip_step, "initial_lr": config.clip_step}] if clips else []
     if plain:
         step = config.clip_step * NORM_STEP
         groups.append({"params": list(plain.values()), "lr": step, "initial_lr": step})

@@ -7,7 +7,7 @@ import torch
 
 from auto_round.data_types import float_grid
 from auto_round.elements import E2M1
-from auto_round.schemes import QuantizationScheme
+from auto_round.schemes import PRESET_SCHEMES, QuantizationScheme
 
 MXFP4 = QuantizationScheme.from_dict({"data_type": "mx_fp", "bits": 4})
 GRID = torch.tensor([[1.0, 2, 3, 4], [5, 6, 7, 8], [9, -10, 11, 12]])
@@ -53,15 +53,25 @@ def test_there_is_one_clip_factor_for_each_scale(group_size, scales):
         assert not torch.equal(factors[1], factors[2])
 
 
-def test_an_offset_of_half_a_step_is_half_the_local_distance():
+def test_offsets_of_fp4_are_in_units_of_the_scale():
     # Scale 1: 4.5 lies between 4 and 6 (distance 2), 1.1 between 1 and 1.5, 0.2 between 0 and 0.5.
     weight = torch.zeros(1, 32)
     weight[0, :3] = torch.tensor([4.5, 1.1, 0.2])
     scale = torch.ones(1, 1, 1)
     params = float_grid.trainable(weight, 32)
-    for offset, expected in ((0.0, [4.0, 1.0, 0.0]), (0.49, [6.0, 1.5, 0.5]), (-0.49, [4.0, 1.0, 0.0])):
+    for offset, expected in ((0.0, [4.0, 1.0, 0.0]), (0.49, [4.0, 1.5, 0.5]), (-0.49, [4.0, 0.5, -0.5])):
         params["rounding"].fill_(offset)
         assert float_grid.fake_quantize(weight, MXFP4, scale, params)[0, :3].tolist() == expected
+
+
+def test_an_offset_of_half_a_step_of_fp8_is_half_the_local_distance():
+    # 17 lies between 16 and 18 (distance 2), 1.05 between 1 and 1.125.
+    scheme, weight = PRESET_SCHEMES["MXFP8"], torch.zeros(1, 32)
+    weight[0, :2] = torch.tensor([17.2, 1.05])
+    params = float_grid.trainable(weight, 32)
+    for offset, expected in ((0.0, [18.0, 1.0]), (0.49, [18.0, 1.125]), (-0.49, [16.0, 1.0])):
+        params["rounding"].fill_(offset)
+        assert float_grid.fake_quantize(weight, scheme, torch.ones(1, 1, 1), params)[0, :2].tolist() == expected
 
 
 def test_the_straight_through_gradient_of_offset_and_scale_by_hand():
@@ -71,8 +81,8 @@ def test_the_straight_through_gradient_of_offset_and_scale_by_hand():
     params = float_grid.trainable(weight, 32)
     params["rounding"].requires_grad_()
     float_grid.fake_quantize(weight, MXFP4, scale, params)[0, :4].sum().backward()
-    # d W_hat / d V = scale * spacing inside, 0 beyond the largest number.
-    assert params["rounding"].grad[0, 0, :4].tolist() == [2.0, 0.5, 0.5, 0.0]
+    # d W_hat / d V = scale * unit inside, 0 beyond the largest number.
+    assert params["rounding"].grad[0, 0, :4].tolist() == [1.0, 1.0, 1.0, 0.0]
     # d W_hat / d scale = level - W / scale inside (from scale * round(W / scale)), the level itself beyond.
     assert float(scale.grad) == pytest.approx((4 - 4.5) + (1 - 1.1) + (0 - 0.2) + 6, rel=1e-6)
 

@@ -47,12 +47,14 @@ def quantize_to_fp8(x_MI: Tensor, layer: QuantizedLinear) -> tuple[Tensor, Tenso
     """Returns (M, I) float8_e4m3fn and (M, 1) float32 scales of float32 activations, by the layer's scheme."""
     activation = layer.spec.scheme.activation
     assert activation is not None
+    # As a tensor: PyTorch multiplies with the inverse of a number on a GPU, which gives other codes at ties.
+    largest = x_MI.new_full((), E4M3.largest)
     if not activation.dynamic:
         scale_M1 = layer.input_scale.float().expand(x_MI.shape[0], 1)
     elif activation.group_size == 0:
-        scale_M1 = (x_MI.abs().amax() / E4M3.largest).expand(x_MI.shape[0], 1)
+        scale_M1 = (x_MI.abs().amax() / largest).expand(x_MI.shape[0], 1)
     else:
-        scale_M1 = x_MI.abs().amax(-1, keepdim=True) / E4M3.largest
+        scale_M1 = x_MI.abs().amax(-1, keepdim=True) / largest
     scale_M1 = scale_M1.clamp(min=SMALLEST)
     return (x_MI / scale_M1).clamp(-E4M3.largest, E4M3.largest).to(torch.float8_e4m3fn), scale_M1
 
