@@ -101,9 +101,8 @@ def open_session(config: RunConfig, *, tokenizer: Any = None, processor: Any = N
         tokenizer = _load_tokenizer(source.folder, config)
     names = config.scheme.to_quant_block_names
     lists = [name.strip() for name in names.split(",")] if isinstance(names, str) else names
-    structure = keep_joined(discover(source.model, lists), set(source.keys().values()))
-    known = {"fused_experts": source.fused_experts(), "extra_modules": extra_modules(source)}
-    structure = dataclasses.replace(structure, **known)
+    structure = keep_joined(discover(source.model, lists), set(source.keys().values()), source.fused_experts())
+    structure = dataclasses.replace(structure, extra_modules=extra_modules(source))
     prescribed = prescription(parse_formats(config.format), structure, source, tokenizer, config)
     plan = resolve(structure, config.scheme, nblocks=config.tune.nblocks, prescription=prescribed)
     end_to_end.check(config, plan)

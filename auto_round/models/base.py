@@ -170,11 +170,14 @@ def _why_kept(name: str, modules: Mapping[str, nn.Module]) -> str:
     return ROUTER if _is_router(name, modules) else ""
 
 
-def keep_joined(structure: ModelStructure, stored: Collection[str | None]) -> ModelStructure:
+def keep_joined(
+    structure: ModelStructure, stored: Collection[str | None], fused_experts: tuple[str, ...] = ()
+) -> ModelStructure:
     """Returns the structure with those linear layers kept whose weights a checkpoint stores joined with others.
 
     Args:
         stored: names of the parameters that are stored as they are.
+        fused_experts: modules of experts that are split again, but that Transformers loads fused only.
     """
     linears = [
         dataclasses.replace(linear, kept="the checkpoint stores it joined with other weights")
@@ -182,7 +185,7 @@ def keep_joined(structure: ModelStructure, stored: Collection[str | None]) -> Mo
         else linear
         for linear in structure.linears
     ]
-    return dataclasses.replace(structure, linears=tuple(linears))
+    return dataclasses.replace(structure, linears=tuple(linears), fused_experts=fused_experts)
 
 
 def _linear_shape(module: nn.Module) -> tuple[int, int]:
