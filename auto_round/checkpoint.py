@@ -7,24 +7,26 @@ however the model and its checkpoint hold them.
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import json
-import pickle
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from auto_round.conversion import FusedKey, conversions, map_keys, stored_keys, unfuse
 from auto_round.errors import CheckpointError, ConfigError
 from auto_round.models.auto_class import auto_class
 from auto_round.shards import INDEX_NAME
+from auto_round.stored_tensors import PICKLED_INDEX_NAME, NamedTensors, StoredTensors
 
-PICKLED_INDEX_NAME = "pytorch_model.bin.index.json"
+# Where a quantization is described: in config.json, and in files of its own beside it.
+QUANTIZATION_KEYS = ("quantization_config", "quantization", "compression_config")
+QUANTIZATION_FILES = ("quantization_config.json", "quantize_config.json", "quant_config.json", "hf_quant_config.json")
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".ckpt")
 
 
@@ -52,6 +54,10 @@ class WeightSource(Protocol):
         """Returns the tensor stored under a checkpoint key."""
         ...
 
+    def outline(self, key: str) -> Tensor:
+        """Returns shape and dtype of what `read` would return: a tensor on the meta device. Costs no read."""
+        ...
+
     def ignored(self) -> set[str]:
         """Returns the keys of stored tensors that no part of the model takes, e.g. rotary tables of older releases."""
         ...
@@ -64,30 +70,9 @@ class WeightSource(Protocol):
         """Returns the fused tensor of a key of `fused`, made of the tensors in its place by their keys."""
         ...
 
-
-class StoredTensors(Mapping[str, Tensor]):
-    """The tensors of a folder by checkpoint key, each read when it is asked for. Files are mapped, not loaded."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.files = _weight_map(folder)
-        self._open: dict[str, Any] = {}
-
-    def __getitem__(self, key: str) -> Tensor:
-        file = self.files[key]
-        if file not in self._open:
-            self._open[file] = _open_file(self.folder / file)
-        handle = self._open[file]
-        try:
-            return handle[key] if isinstance(handle, dict) else handle.get_tensor(key)
-        except (KeyError, SafetensorError) as error:
-            raise CheckpointError(f"{self.folder}: {file} does not hold {key} ({error})") from error
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.files)
-
-    def __len__(self) -> int:
-        return len(self.files)
+    def fused_experts(self) -> tuple[str, ...]:
+        """Returns the modules of experts that Transformers loads from fused tensors only, not one by one."""
+        ...
 
 
 class CheckpointSource:
@@ -105,26 +90,41 @@ class CheckpointSource:
         self._fill(folder, StoredTensors(folder), meta_model(folder, trust_remote_code=trust_remote_code))
 
     @classmethod
-    def reopened(
-        cls, folder: Path, stored: Mapping[str, Tensor], *, trust_remote_code: bool = False
-    ) -> CheckpointSource:
+    def reopened(cls, folder: Path, stored: NamedTensors, *, trust_remote_code: bool = False) -> CheckpointSource:
         """Returns a source with the model of a written folder, quantized or not, and tensors from elsewhere.
 
         Args:
             stored: checkpoint key -> tensor, packed weights given dequantized.
         """
+        return cls.of(folder, stored, structure_of(folder, trust_remote_code=trust_remote_code))
+
+    @classmethod
+    def of(
+        cls, folder: Path, stored: NamedTensors, model: nn.Module, *, unwanted: Callable[[str], bool] | None = None
+    ) -> CheckpointSource:
+        """Returns a source of the tensors of a folder, given a model that `structure_of` returned.
+
+        Args:
+            unwanted: tells keys that are left out where no part of the model takes them.
+        """
         source = cls.__new__(cls)
-        source._fill(folder, stored, structure_of(folder, trust_remote_code=trust_remote_code))
+        source._fill(folder, stored, model)
+        gone = {key for key in source.ignored() if unwanted is not None and unwanted(key)}
+        names = {key: name for key, name in source._map.names.items() if key not in gone}
+        source._map = dataclasses.replace(source._map, names=names)
         return source
 
-    def _fill(self, folder: Path, stored: Mapping[str, Tensor], model: nn.Module) -> None:
+    def _fill(self, folder: Path, stored: NamedTensors, model: nn.Module) -> None:
         self.folder: Path | None = folder
         self.stored = stored
         self._unfused = unfuse(model)
         self.model = self.original = self._unfused.model
         self._map = map_keys(stored, self._unfused)
         self._places = {
-            part: (key, piece) for key, held in self._map.fused.items() for part, piece in held.parts.items()
+            part: (key, piece)
+            for key, held in self._map.fused.items()
+            for part, piece in held.parts.items()
+            if key in stored
         }
 
     def keys(self) -> dict[str, str | None]:
@@ -138,6 +138,13 @@ class CheckpointSource:
         fused, piece = self._places[key]
         return piece.of(self.stored[fused]).contiguous()
 
+    def outline(self, key: str) -> Tensor:
+        """Returns shape and dtype of what `read` would return, on the meta device."""
+        if key not in self._places:
+            return self.stored.outline(key)
+        fused, piece = self._places[key]
+        return piece.of(self.stored.outline(fused)).contiguous()
+
     def ignored(self) -> set[str]:
         """Returns the keys of stored tensors that no part of the model takes."""
         return {key for key, name in self._map.names.items() if name is None and key not in self._map.converted}
@@ -150,6 +157,10 @@ class CheckpointSource:
         """Returns the fused tensor of a key of `fused`, made of the tensors in its place."""
         held = self._map.fused[key]
         return self._unfused.join(held.name, {held.parameters[part]: tensor for part, tensor in tensors.items()})
+
+    def fused_experts(self) -> tuple[str, ...]:
+        """Returns the modules of experts that Transformers loads from fused tensors only, not one by one."""
+        return tuple(self._unfused.experts) if self._unfused.is_stored_fused else ()
 
     def tensors(self, prefix: str) -> dict[str, Tensor]:
         """Returns parameters and buffers below a module; an empty prefix means everything outside the blocks."""
@@ -211,6 +222,10 @@ class ModuleSource:
         """Returns the tensor that is stored under a checkpoint key."""
         return self._stored[key].contiguous()
 
+    def outline(self, key: str) -> Tensor:
+        """Returns shape and dtype of what `read` would return, on the meta device."""
+        return self._stored[key].to("meta").contiguous()
+
     def ignored(self) -> set[str]:
         """Returns nothing: a model holds no tensors that it does not take."""
         return set()
@@ -223,6 +238,10 @@ class ModuleSource:
         """Returns the fused tensor of a key of `fused`, made of the tensors in its place."""
         held = self._fused[key]
         return self._unfused.join(held.name, {held.parameters[part]: tensor for part, tensor in tensors.items()})
+
+    def fused_experts(self) -> tuple[str, ...]:
+        """Returns the modules of experts that Transformers loads from fused tensors only, not one by one."""
+        return tuple(self._unfused.experts) if self._unfused.is_stored_fused else ()
 
     def tensors(self, prefix: str) -> dict[str, Tensor]:
         """Returns parameters and buffers below a module, by full name within the model."""
@@ -260,7 +279,7 @@ def copy_side_files(source: Path, target: Path) -> None:
 
     Tokenizer, processor, chat template, generation config, custom code and licence all travel.
     """
-    skipped = {"config.json", INDEX_NAME, PICKLED_INDEX_NAME, "quantization_config.json"}
+    skipped = {"config.json", INDEX_NAME, PICKLED_INDEX_NAME, *QUANTIZATION_FILES}
     for file in sorted(source.iterdir()):
         if file.is_file() and file.name not in skipped and file.suffix not in WEIGHT_SUFFIXES:
             if not file.name.startswith("."):
@@ -311,14 +330,27 @@ def meta_model(folder: Path, *, trust_remote_code: bool) -> nn.Module:
     Raises:
         ConfigError: no config.json, code in the folder that was not allowed to run, or a quantized model.
     """
-    stored = _stored_config(folder, trust_remote_code=trust_remote_code)
-    if stored.get("quantization_config"):
-        method = stored["quantization_config"].get("quant_method")
-        raise ConfigError(f"{folder} is quantized already ({method}). Give the original 16-bit model")
+    quantization = quantization_of(model_config(folder, trust_remote_code=trust_remote_code))
+    if quantization is not None:
+        raise ConfigError(f"{folder} is quantized already ({quantization.get('quant_method')})")
     return structure_of(folder, trust_remote_code=trust_remote_code)
 
 
-def _stored_config(folder: Path, *, trust_remote_code: bool) -> dict[str, Any]:
+def quantization_of(config: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Returns the quantization_config in a config.json, or in its part about the language model; None: 16 bits."""
+    own = config.get("quantization_config") or config.get("quantization") or config.get("compression_config")
+    return own or (config.get("text_config") or {}).get("quantization_config") or None
+
+
+def without_quantization(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns a config.json as it is when the weights are in 16 bits."""
+    kept = {key: value for key, value in config.items() if key not in QUANTIZATION_KEYS}
+    if isinstance(kept.get("text_config"), dict):
+        kept["text_config"] = {k: v for k, v in kept["text_config"].items() if k not in QUANTIZATION_KEYS}
+    return kept
+
+
+def model_config(folder: Path, *, trust_remote_code: bool) -> dict[str, Any]:
     """Returns config.json as it is stored, if the model's code may run."""
     if not (folder / "config.json").is_file():
         raise ConfigError(f"{folder} has no config.json: it is no model folder")
@@ -338,48 +370,16 @@ def structure_of(folder: Path, *, trust_remote_code: bool) -> nn.Module:
     from accelerate import init_empty_weights
     from transformers import AutoConfig
 
-    _stored_config(folder, trust_remote_code=trust_remote_code)
+    model_config(folder, trust_remote_code=trust_remote_code)
     config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
+    for part in {id(part): part for part in (config, config.get_text_config())}.values():
+        if hasattr(part, "quantization_config"):
+            del part.quantization_config
     kind = auto_class(config)
     with init_empty_weights(include_buffers=False):
         model = kind.from_config(config, trust_remote_code=trust_remote_code)
     model.tie_weights()
     return model.eval()
-
-
-def _weight_map(folder: Path) -> dict[str, str]:
-    """Returns checkpoint key -> file name, safetensors before pickled weights."""
-    for index_name, pattern in ((INDEX_NAME, "*.safetensors"), (PICKLED_INDEX_NAME, "pytorch_model*.bin")):
-        index = folder / index_name
-        if index.is_file():
-            try:
-                weight_map = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
-            except (ValueError, TypeError, KeyError) as error:
-                raise CheckpointError(f"{index} is no index of weights: {error!r}") from error
-            absent = sorted({file for file in weight_map.values() if not (folder / file).is_file()})
-            if absent:
-                raise CheckpointError(f"{folder}: the index names files that are not there: {', '.join(absent)}")
-            return weight_map
-        files = sorted(folder.glob(pattern))
-        if files:
-            return {key: file.name for file in files for key in _open_file(file).keys()}
-    raise CheckpointError(f"{folder} holds no weights (*.safetensors or pytorch_model*.bin)")
-
-
-def _open_file(file: Path) -> Any:
-    """Returns a safetensors handle, or the dictionary of a pickled file, memory-mapped and loaded with weights_only.
-
-    Raises:
-        CheckpointError: the file is damaged, or a pickle with more in it than tensors.
-    """
-    try:
-        if file.suffix == ".safetensors":
-            return safe_open(file, framework="pt")
-        return dict(torch.load(file, map_location="cpu", weights_only=True, mmap=True))
-    except (SafetensorError, RuntimeError, pickle.UnpicklingError) as error:
-        raise CheckpointError(f"{file} cannot be read: {error}") from error
 
 
 def _below(prefix: str) -> Any:

@@ -8,9 +8,10 @@ slices, under the names that an unfused checkpoint would have.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from auto_round.models.base import family_of
@@ -29,11 +30,13 @@ class Unfused:
         model: shares everything but the experts with the original; the original itself if it fuses none.
         experts: module name -> how the original holds the experts.
         leaves: module name -> names of an expert's gate, up and down projections.
+        is_stored_fused: checkpoints hold experts as the original does, and Transformers loads them in no other form.
     """
 
     model: nn.Module
     experts: Mapping[str, FusedLayout]
     leaves: Mapping[str, Leaves]
+    is_stored_fused: bool = False
 
     def slices(self) -> dict[str, list[ExpertSlice]]:
         """Returns name of a fused tensor in the original -> its slices, those of biases included."""
@@ -87,7 +90,8 @@ def unfuse(model: nn.Module) -> Unfused:
     known = all(type(step).__name__ in PLAIN_STEPS for entry in converters for step in entry.operations)
     experts = fused_experts(model) if known else {}
     leaves = dict.fromkeys(experts, expert_leaves(model))
-    return Unfused(with_linear_experts(model, experts, leaves), experts, leaves)
+    is_stored_fused = bool(experts) and not converters
+    return Unfused(with_linear_experts(model, experts, leaves), experts, leaves, is_stored_fused)
 
 
 def map_keys(keys: Iterable[str], unfused: Unfused) -> KeyMap:
@@ -106,7 +110,31 @@ def map_keys(keys: Iterable[str], unfused: Unfused) -> KeyMap:
         names[key] = target if pattern is None and target in meta else None
         if pattern is not None:
             converted[key] = target
+    if unfused.is_stored_fused:
+        fused |= _stored_one_by_one(names, {held.name for held in fused.values()}, unfused)
     return KeyMap(names, converted, fused)
+
+
+def _stored_one_by_one(
+    names: Mapping[str, str | None], found: Collection[str], unfused: Unfused
+) -> dict[str, FusedKey]:
+    """Returns the fused tensors whose slices are stored alone, as those of quantized experts are.
+
+    What loads the 16-bit model wants them fused again.
+
+    Args:
+        names: checkpoint key -> parameter of the unfused model.
+        found: fused tensors that are stored as such.
+    """
+    keys = {name: key for key, name in names.items() if name is not None}
+    joined = {}
+    for target, slices in unfused.slices().items():
+        parameters = {piece: f"{target.rpartition('.')[0]}.{piece.parameter}" for piece in slices}
+        if target not in found and all(name in keys for name in parameters.values()):
+            (key,) = stored_keys(unfused.model, {target: torch.empty(0, device="meta")})
+            parts = {keys[name]: piece for piece, name in parameters.items()}
+            joined[key] = FusedKey(target, parts, {keys[name]: name for name in parameters.values()})
+    return joined
 
 
 def conversions(unfused: Unfused) -> tuple[list[Any], list[Any]]:

@@ -20,10 +20,11 @@ from torch import Tensor
 from auto_round import __version__, distributed, end_to_end
 from auto_round.blocks import Block, BlockStream
 from auto_round.calibration import CalibrationSet, has_pictures, load_calibration, load_pictures
-from auto_round.checkpoint import CheckpointSource, ModuleSource, WeightSource, load_processor, resolve_folder
+from auto_round.checkpoint import WeightSource, load_processor, resolve_folder
 from auto_round.config import RunConfig, parse_formats
 from auto_round.device import compute_device, compute_dtype, repeatable_kernels
 from auto_round.errors import ConfigError
+from auto_round.extra_tensors import extra_modules
 from auto_round.formats import FormatTarget, export, verify
 from auto_round.formats.base import prescription
 from auto_round.formats.export import HEAD_BLOCK, checked_targets
@@ -32,6 +33,7 @@ from auto_round.models import discover, keep_joined
 from auto_round.outside import OutsideInputs, output_layers, round_outside
 from auto_round.plan import Plan, resolve
 from auto_round.progress import Progress
+from auto_round.sources import open_source
 from auto_round.store import RunStore
 from auto_round.tensors import BlockResult
 from auto_round.tuning import (
@@ -93,16 +95,14 @@ def open_session(config: RunConfig, *, tokenizer: Any = None, processor: Any = N
     """
     if config.model is None:
         raise ConfigError("no model given. Write --model FOLDER_OR_NAME")
-    source: WeightSource
-    if isinstance(config.model, (str, Path)):
-        folder = resolve_folder(str(config.model))
-        source = CheckpointSource(folder, trust_remote_code=config.trust_remote_code)
-        tokenizer = tokenizer if tokenizer is not None else _load_tokenizer(folder, config)
-    else:
-        source = ModuleSource(config.model)
+    model = resolve_folder(str(config.model)) if isinstance(config.model, (str, Path)) else config.model
+    source = open_source(model, trust_remote_code=config.trust_remote_code)
+    if tokenizer is None and source.folder is not None:
+        tokenizer = _load_tokenizer(source.folder, config)
     names = config.scheme.to_quant_block_names
     lists = [name.strip() for name in names.split(",")] if isinstance(names, str) else names
-    structure = keep_joined(discover(source.model, lists), set(source.keys().values()))
+    structure = keep_joined(discover(source.model, lists), set(source.keys().values()), source.fused_experts())
+    structure = dataclasses.replace(structure, extra_modules=extra_modules(source))
     prescribed = prescription(parse_formats(config.format), structure, source, tokenizer, config)
     plan = resolve(structure, config.scheme, nblocks=config.tune.nblocks, prescription=prescribed)
     end_to_end.check(config, plan)

@@ -17,6 +17,7 @@ from auto_round.elements import ELEMENTS
 from auto_round.schemes import QuantizationScheme
 
 GroupSize = int | tuple[int, int]
+VALUES_AT_A_TIME = 1 << 20
 
 
 def effective_group_size(group_size: GroupSize, in_features: int) -> int:
@@ -126,6 +127,22 @@ class QuantizedTensor:
         tensors = ((name, getattr(self, name)) for name in TENSOR_FIELDS)
         moved: dict[str, Any] = {name: tensor.to(device) for name, tensor in tensors if tensor is not None}
         return dataclasses.replace(self, **moved)
+
+
+def dequantize_by_rows(weight: QuantizedTensor, dtype: torch.dtype) -> Tensor:
+    """Returns what `dequantize` does, made some rows at a time.
+
+    The float32 intermediates of a whole layer would be larger than a 16-bit block.
+    """
+    step = max(1, VALUES_AT_A_TIME // weight.shape[1])
+    dense = torch.empty(weight.shape, dtype=dtype, device=weight.codes.device)
+    for start in range(0, weight.shape[0], step):
+        rows = slice(start, start + step)
+        # Each row has scales of its own, also where rows share them.
+        zero = None if weight.zero_point is None else weight.zero_point[rows]
+        some = dataclasses.replace(weight, codes=weight.codes[rows], scale=weight.scale[rows], zero_point=zero)
+        dense[rows] = some.dequantize(dtype)
+    return dense
 
 
 # Fields of QuantizedTensor that hold tensors, those that may be None last.

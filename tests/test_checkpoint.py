@@ -7,7 +7,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from auto_round.checkpoint import CheckpointSource, ModuleSource, copy_side_files, resolve_folder
+from auto_round.checkpoint import (
+    CheckpointSource,
+    ModuleSource,
+    copy_side_files,
+    quantization_of,
+    resolve_folder,
+    without_quantization,
+)
 from auto_round.errors import CheckpointError, ConfigError
 from auto_round.shards import INDEX_NAME, ShardWriter
 
@@ -280,6 +287,21 @@ def test_code_in_the_folder_runs_only_on_demand(any_model, tmp_path):
     with pytest.raises(ConfigError, match="--trust_remote_code"):
         CheckpointSource(tmp_path)
     assert not trace.exists()
+
+
+@pytest.mark.parametrize("key", ["quantization_config", "quantization", "compression_config"])
+def test_a_quantization_is_found_in_a_config_and_taken_out_of_it(key):
+    config = {"model_type": "llama", key: {"bits": 4}}
+    assert quantization_of(config) == {"bits": 4}
+    assert without_quantization(config) == {"model_type": "llama"}
+    assert quantization_of({"model_type": "llama", key: None}) is None
+
+
+def test_a_quantization_may_be_said_of_the_language_part_alone():
+    config = {"text_config": {"hidden_size": 8, "quantization_config": {"bits": 4}}, "vision_config": {}}
+    assert quantization_of(config) == {"bits": 4}
+    assert without_quantization(config) == {"text_config": {"hidden_size": 8}, "vision_config": {}}
+    assert quantization_of(without_quantization(config)) is None
 
 
 def test_a_quantized_model_is_refused_by_its_method(any_model, tmp_path):

@@ -9,6 +9,7 @@ point 1, so 2, 3 and 8 bits asymmetric are exact in it too and need no layout th
 from __future__ import annotations
 
 import dataclasses
+import re
 from typing import Any
 
 from auto_round import __version__
@@ -100,6 +101,8 @@ class AutoRoundFormat:
         }
         # Routers and experts that stay fused are no linear layers here, but engines make them ones.
         extra |= {name: {"bits": 16} for name in other_modules(plan)}
+        # Layers below a module are reached by an expression only.
+        extra |= {rf"^{re.escape(name)}\..*": {"bits": 16} for name in plan.structure.extra_modules}
         extra |= head_entry(plan)
         return entries | ({"extra_config": extra} if extra else {})
 
@@ -130,7 +133,10 @@ def _register(name: str, summary: str, capability: Capability, packing: str | No
 
 EVERYTHING = dataclasses.replace(INTEGERS, schemes=(*INTEGERS.schemes, *COMPRESSED_TENSORS.schemes[1:]))
 HERE_AND_VLLM = dataclasses.replace(
-    COMPRESSED_TENSORS, loads_in="Transformers; vLLM, SGLang where they have a kernel", cache_scales=False
+    COMPRESSED_TENSORS,
+    loads_in="Transformers; vLLM, SGLang where they have a kernel",
+    cache_scales=False,
+    fused_experts=True,
 )
 
 _register("auto_round", "this package's own format, its tensors chosen by scheme", EVERYTHING, None)

@@ -130,6 +130,7 @@ class Capability:
         partial_groups: whether the last group of a row may be shorter.
         transposed: whether layers whose weight is stored (in, out) are held, as GPT-2's.
         cache_scales: whether calibrated scales of an FP8 key/value cache have a place.
+        fused_experts: whether quantized experts load that Transformers knows fused only.
         in_multiple, out_multiple: what in and out features must be multiples of.
     """
 
@@ -142,6 +143,7 @@ class Capability:
     partial_groups: bool = False
     transposed: bool = True
     cache_scales: bool = False
+    fused_experts: bool = True
     in_multiple: int = 1
     out_multiple: int = 1
 
@@ -173,6 +175,13 @@ class Capability:
         ]
         if plan.has_cache_scales and not self.cache_scales:
             texts.append(NO_CACHE_SCALES)
+        experts = () if self.fused_experts else quantized_experts(plan, plan.structure.fused_experts)
+        if experts:
+            texts.append(
+                f"cannot store experts in a form that loads, for {counted(experts)}: checkpoints of this model hold "
+                "all experts in one tensor, and Transformers would leave these out without an error. Use --format "
+                "auto_round"
+            )
         return texts + [text for field in self.uniform if (text := _disagreement(field, held))]
 
     def describe(self) -> dict[str, str]:
@@ -206,6 +215,12 @@ def _distance(found: Sequence[Mismatch]) -> tuple[bool, bool, int, int, int]:
     weight_fields = sum(not field.startswith("act_") for field in fields)
     uncured = len(found) - len(changes)
     return "data_type" in fields, ("act_bits", 16) in changes, uncured, len(found), weight_fields
+
+
+def quantized_experts(plan: Plan, modules: Iterable[str]) -> list[PlanEntry]:
+    """Returns the quantized layers in some modules."""
+    inside = tuple(f"{module}." for module in modules)
+    return [entry for entry in plan.quantized().values() if entry.layer.name.startswith(inside)]
 
 
 def counted(entries: Sequence[PlanEntry]) -> str:

@@ -15,11 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from auto_round.checkpoint import WeightSource, copy_side_files
+from auto_round.checkpoint import WeightSource, copy_side_files, without_quantization
 from auto_round.config import MODEL_DTYPES, RunConfig, parse_size
 from auto_round.errors import ConfigError
+from auto_round.extra_tensors import extra_matrices
 from auto_round.formats.base import EXPORTERS, Exporter, FileExporter, FormatTarget, check, targets
 from auto_round.formats.packing import Joints, Packing, in_stored_names
+from auto_round.formats.written import listed
 from auto_round.memory import release_freed
 from auto_round.plan import Plan
 from auto_round.shards import ShardWriter, clear_weights
@@ -76,6 +78,9 @@ def export(
     for stored_key, tensor in _untied_head(packing, source, store, _torch_dtype(asked)).items():
         writer.add(stored_key, tensor)
     writer.close()
+    extra = extra_matrices(source)
+    if extra:
+        logger.info("%s: %s, which the model does not know", folder, listed(f"carried over {len(extra)}", extra)[0])
     _write_configs(exporter, folder, plan, source, config)
     if source.folder is not None:
         copy_side_files(source.folder, folder)
@@ -148,8 +153,8 @@ def _exported(
     if weight is None:
         tensor = result.plain[name] if name in result.plain else source.read(key)
         return {key: tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor}
-    original = source.read(key)
-    return _packed(packing, key.removesuffix(".weight"), name or "", weight, dtype or original.dtype)
+    own_dtype = dtype or source.outline(key).dtype
+    return _packed(packing, key.removesuffix(".weight"), name or "", weight, own_dtype)
 
 
 def _packed(packing: Packing, layer: str, name: str, weight: QuantizedTensor, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -176,7 +181,8 @@ def _untied_head(
 
 def _write_configs(exporter: Exporter, folder: Path, plan: Plan, source: WeightSource, config: RunConfig) -> None:
     if source.folder is not None:
-        model_config = json.loads((source.folder / "config.json").read_text(encoding="utf-8"))
+        stored = json.loads((source.folder / "config.json").read_text(encoding="utf-8"))
+        model_config = without_quantization(stored)
     else:
         model_config = json.loads(source.model.config.to_json_string(use_diff=True))
         model_config.setdefault("architectures", [type(source.model).__name__])

@@ -25,6 +25,7 @@ from auto_round.formats.written import WrittenCheckpoint, WrittenWeight, listed
 from auto_round.memory import release_freed
 from auto_round.models.auto_class import media_token_ids
 from auto_round.models.base import head_name
+from auto_round.stored_tensors import NamedTensors
 
 SAMPLES, TOKENS, SEED = 2, 16, 0
 
@@ -44,7 +45,7 @@ class LogitsOutcome:
     skipped: str = ""
 
 
-class DenseTensors(Mapping[str, Tensor]):
+class DenseTensors(NamedTensors):
     """The tensors of a written checkpoint under their original keys, packed weights dequantized when asked for.
 
     Dequantized weights have the dtype of the original: a block's forward pass converts them anyway, and a block held in

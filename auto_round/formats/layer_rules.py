@@ -72,8 +72,10 @@ def _rules(said: Mapping[str, Changes | None]) -> dict[str, dict[str, Any]]:
 
 
 def _rules_of_other_modules(plan: Plan) -> dict[str, dict[str, Any]]:
-    others = other_modules(plan)
-    return {rf"-:{pattern}(?:\..*)?$": {} for pattern in patterns(others, others)}
+    inside = _other_modules_in_blocks(plan)
+    # Not shortened: "any number" would stand for the layers of the model too.
+    extra = [re.escape(name) for name in plan.structure.extra_modules]
+    return {rf"-:{pattern}(?:\..*)?$": {} for pattern in (*patterns(inside, inside), *extra)}
 
 
 def patterns(chosen: Iterable[str], known: Iterable[str]) -> list[str]:
@@ -126,7 +128,14 @@ def quantized_in_blocks(plan: Plan) -> list[str] | None:
 
 
 def other_modules(plan: Plan) -> list[str]:
-    """Returns modules in the blocks that hold matrices and are no linear layer: routers, fused experts."""
+    """Returns modules that hold matrices and are no linear layer of the model, where engines may take them for one.
+
+    These are routers and fused experts in the blocks, and what the checkpoint holds besides the model.
+    """
+    return [*_other_modules_in_blocks(plan), *plan.structure.extra_modules]
+
+
+def _other_modules_in_blocks(plan: Plan) -> list[str]:
     inside = tuple(block + "." for block in plan.structure.blocks)
     names = [name.rpartition(".")[0] for name in plan.structure.other_weights if name.startswith(inside)]
     return list(dict.fromkeys(names))

@@ -76,6 +76,7 @@ COMPRESSED_TENSORS = Capability(
     outside=True,
     transposed=False,
     cache_scales=True,
+    fused_experts=False,
 )  # fmt: skip
 CONTAINER = Container()
 BY_SCHEME = "Give these layers another scheme with --scheme or --layer_config, or use --format fake"
@@ -99,9 +100,17 @@ class LlmCompressorFormat:
         """Returns what no compression format holds."""
         return compressed_refusals(plan, self.capability)
 
-    def warnings(self, plan: Plan) -> list[str]:  # noqa: ARG002
-        """Returns nothing: its engines read the same."""
-        return []
+    def warnings(self, plan: Plan) -> list[str]:
+        """Returns which experts Transformers does not load, or loads wrong; serving engines read all the same."""
+        grouped: dict[str, list[PlanEntry]] = {}
+        for entry in plan.quantized().values():
+            if ".experts." in entry.layer.name and (why := _why_not_in_transformers(entry.scheme)):
+                grouped.setdefault(why, []).append(entry)
+        return [
+            f"Transformers {why} ({counted(entries)}). vLLM and SGLang take them; for Transformers use "
+            "--format auto_round"
+            for why, entries in grouped.items()
+        ]
 
     def quantization_config(self, plan: Plan, config: RunConfig) -> dict[str, Any]:  # noqa: ARG002
         """Returns the QuantizationConfig of compressed-tensors."""
@@ -116,6 +125,23 @@ class LlmCompressorFormat:
             "quant_method": "compressed-tensors",
             "quantization_status": "compressed",
         }
+
+
+def _why_not_in_transformers(scheme: QuantizationScheme) -> str | None:
+    """Returns what goes wrong with experts of a scheme, measured with Transformers 5.23 and compressed-tensors 0.20.
+
+    Its CompressedTensorsDequantize takes every float8 weight for one with a scale that broadcasts, and hands nothing
+    but codes, scales and shapes of packed ones to compressed-tensors. It does well with symmetric packed integers,
+    MXFP4, and FP8 per row or tensor.
+    """
+    layout = compressed_layout(scheme).name
+    if layout == "nvfp4":
+        return "ignores the global scales of NVFP4 experts, and loads wrong weights without an error"
+    if layout == "mxfp8" or isinstance(scheme.group_size, tuple):
+        return "fails on experts in FP8 whose scales are for groups or blocks"
+    if layout == "ct_int8":
+        return "fails on experts in INT8"
+    return None if scheme.sym or scheme.data_type != "int" else "fails on experts with zero points"
 
 
 def compression_format(scheme: QuantizationScheme) -> str:

@@ -19,6 +19,7 @@ from torch import Tensor
 from auto_round.checkpoint import WeightSource
 from auto_round.config import MODEL_DTYPES, RunConfig
 from auto_round.errors import VerificationError
+from auto_round.extra_tensors import extra_matrices
 from auto_round.formats.base import Exporter, FileExporter
 from auto_round.formats.export import HEAD_BLOCK
 from auto_round.formats.finite_logits import LogitsOutcome, check_logits
@@ -49,6 +50,7 @@ class Expected:
         droppable: keys of source tensors that may be left out -> why.
         tied: parameters that have no tensor of their own because they share one.
         joined: key of a fused tensor -> (key, parameter) of its slices, none of which is packed.
+        extra: those of `copies` that are matrices and no part of the model.
     """
 
     weights: Mapping[str, WrittenWeight]
@@ -57,6 +59,7 @@ class Expected:
     droppable: Mapping[str, str]
     tied: tuple[str, ...]
     joined: Mapping[str, tuple[tuple[str, str | None], ...]] = dataclasses.field(default_factory=dict)
+    extra: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -71,11 +74,13 @@ class Verified:
     compared_copies: int
     logits: str
     seconds: float
+    extra: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         tied = listed(f"tied {len(self.tied)}", self.tied) or ["tied 0"]
         dropped = listed(f"dropped {len(self.dropped)}", {f"{key} ({why})" for key, why in self.dropped.items()})
         fates = [f"quantized {self.quantized}", f"copied {self.copied}", *tied, *(dropped or ["dropped 0"])]
+        fates += listed(f"carried over {len(self.extra)} that the model does not know", self.extra)
         return (
             f"all tensors accounted for ({'; '.join(fates)}), {self.compared_layers} of {self.quantized} layers and "
             f"{self.compared_copies} of {self.copied} copies compared, {self.logits}, {self.seconds:.1f} s"
@@ -121,7 +126,7 @@ def verify(
     copied = len(expected.copies) - len(dropped)
     done = Verified(
         len(expected.weights), copied, expected.tied, dropped, len(layers), len(copies), outcome.summary,
-        time.monotonic() - started,
+        time.monotonic() - started, expected.extra,
     )  # fmt: skip
     logger.info("checked %s: %s", folder, done)
     return done
@@ -146,7 +151,7 @@ def expected_tensors(exporter: Exporter, plan: Plan, source: WeightSource, confi
     quantized, keys = packing.entries, source.keys()
     asked = MODEL_DTYPES[config.model_dtype] if config.model_dtype else None
     weights, copies, specs, joined = {}, {}, {}, {}
-    dtypes = {key: source.read(key).dtype for key, name in keys.items() if name in quantized}
+    dtypes = {key: source.outline(key).dtype for key, name in keys.items() if name in quantized}
     originals = {name: key for key, name in keys.items() if name in quantized}
     for name, entry in quantized.items():
         # A quantized output layer that is tied in the source has no key of its own there.
@@ -167,18 +172,19 @@ def expected_tensors(exporter: Exporter, plan: Plan, source: WeightSource, confi
     for key, name in keys.items():
         if name not in quantized and key not in joints.keys:
             copies[key] = name
-            tensor = source.read(key)
+            tensor = source.outline(key)
             spec, written_in = TensorSpec.of(tensor), packing.copied_dtype(name, asked)
             change = written_in is not None and tensor.is_floating_point()
             specs[key] = dataclasses.replace(spec, dtype=written_in) if change else spec
     for fused, parts in joints.parts.items():
         joined[fused] = tuple((part, keys[part]) for part in parts)
-        spec = TensorSpec.of(source.join(fused, {part: source.read(part) for part in parts}))
+        spec = TensorSpec.of(source.join(fused, {part: source.outline(part) for part in parts}))
         specs[fused] = spec if asked is None else dataclasses.replace(spec, dtype=asked)
     tied, twins = _tied(source, set(quantized))
-    droppable = {key: "no part of the model" for key in source.ignored()}
+    extra = extra_matrices(source)
+    droppable = {key: "no part of the model" for key in source.ignored() - set(extra)}
     droppable |= {key: "tied" for key, name in copies.items() if name in twins}
-    return Expected(weights, copies, specs, droppable, tied, joined)
+    return Expected(weights, copies, specs, droppable, tied, joined, tuple(extra))
 
 
 def _specs_of(tensors: Mapping[str, Tensor]) -> dict[str, TensorSpec]:

@@ -18,12 +18,11 @@ from torch import Tensor
 from auto_round.layouts import Layout
 from auto_round.plan import PlanEntry
 from auto_round.shards import DTYPE_NAMES, INDEX_NAME
-from auto_round.tensors import QuantizedTensor
+from auto_round.tensors import QuantizedTensor, dequantize_by_rows
 
 TORCH_NAMES = {stored: str(dtype).removeprefix("torch.") for dtype, stored in DTYPE_NAMES.items()}
 SINGLE_FILE = "model.safetensors"
 SHOWN = 5
-VALUES_AT_A_TIME = 1 << 20
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -76,22 +75,9 @@ class WrittenWeight:
         return self.layout.unpack(self.packed(written, device), self.entry.scheme, self.entry.layer.shape)
 
     def as_stored(self, weight: QuantizedTensor, dtype: torch.dtype) -> Tensor:
-        """Returns dequantized values in the orientation of the original weight.
-
-        Some rows at a time: the float32 intermediates of a whole layer would be larger than a 16-bit block.
-        """
-        step = max(1, VALUES_AT_A_TIME // weight.shape[1])
-        dense = torch.empty(weight.shape, dtype=dtype, device=weight.codes.device)
-        for start in range(0, weight.shape[0], step):
-            rows = slice(start, start + step)
-            dense[rows] = _rows(weight, rows).dequantize(dtype)
+        """Returns dequantized values in the orientation of the original weight."""
+        dense = dequantize_by_rows(weight, dtype)
         return dense.t().contiguous() if self.entry.layer.transposed else dense
-
-
-def _rows(weight: QuantizedTensor, rows: slice) -> QuantizedTensor:
-    """Returns some rows of a weight; each row has scales of its own, also where rows share them."""
-    zero = None if weight.zero_point is None else weight.zero_point[rows]
-    return dataclasses.replace(weight, codes=weight.codes[rows], scale=weight.scale[rows], zero_point=zero)
 
 
 class WrittenCheckpoint:

@@ -51,6 +51,8 @@ class ModelStructure:
         head: name of the output layer ("lm_head"), or None.
         tied_head: the output layer shares its weight with the embedding.
         other_weights: parameters of two and more dimensions that are no linear layer: name -> why they stay.
+        fused_experts: modules of experts that Transformers loads from fused tensors only, not one by one.
+        extra_modules: modules, by their names in the checkpoint, that the model's class does not know.
     """
 
     blocks: tuple[str, ...]
@@ -59,6 +61,8 @@ class ModelStructure:
     head: str | None
     tied_head: bool
     other_weights: dict[str, str]
+    fused_experts: tuple[str, ...] = ()
+    extra_modules: tuple[str, ...] = ()
 
 
 class ModelFamily:
@@ -166,11 +170,14 @@ def _why_kept(name: str, modules: Mapping[str, nn.Module]) -> str:
     return ROUTER if _is_router(name, modules) else ""
 
 
-def keep_joined(structure: ModelStructure, stored: Collection[str | None]) -> ModelStructure:
+def keep_joined(
+    structure: ModelStructure, stored: Collection[str | None], fused_experts: tuple[str, ...] = ()
+) -> ModelStructure:
     """Returns the structure with those linear layers kept whose weights a checkpoint stores joined with others.
 
     Args:
         stored: names of the parameters that are stored as they are.
+        fused_experts: modules of experts that are split again, but that Transformers loads fused only.
     """
     linears = [
         dataclasses.replace(linear, kept="the checkpoint stores it joined with other weights")
@@ -178,7 +185,7 @@ def keep_joined(structure: ModelStructure, stored: Collection[str | None]) -> Mo
         else linear
         for linear in structure.linears
     ]
-    return dataclasses.replace(structure, linears=tuple(linears))
+    return dataclasses.replace(structure, linears=tuple(linears), fused_experts=fused_experts)
 
 
 def _linear_shape(module: nn.Module) -> tuple[int, int]:

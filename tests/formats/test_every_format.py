@@ -5,8 +5,10 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoRoundConfig
 
 from auto_round.config import SchemeConfig
+from auto_round.errors import UnsupportedError
 from auto_round.formats import EXPORTERS
 from auto_round.formats.base import FileExporter
 from auto_round.formats.capability import ALL_BITS, BOTH
@@ -127,3 +129,29 @@ def test_a_format_describes_itself(name):
     cells = FORMATS[name].capability.describe()
     assert all(cells.values())
     assert FORMATS[name].summary
+
+
+@pytest.mark.parametrize("head", [False, True], ids=["tied", "quantized head"])
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+@pytest.mark.parametrize("name", FORMATS)
+def test_tied_and_transposed_weights_load_in_every_format_that_can_hold_them(name, kind, head, export_model, token_ids):
+    """GPT-2's layers are Conv1D, which hold (in, out). A quantized output layer is untied from the embedding."""
+    capability = EXPORTERS[name].capability
+    options = {"bits": 4, "quant_lm_head": head, "model": {"tie_word_embeddings": True}, "verify": True}
+    if (kind == "gpt2" and not capability.transposed) or (head and not capability.head):
+        with pytest.raises(UnsupportedError, match=f"{name}: cannot store"):
+            export_model(name, kind, **options)
+        return
+    exported = export_model(name, kind, **options)
+    assert ("lm_head.weight" in exported.weights) is head
+    if not capability.loads_here:
+        return
+    if name == "llm_compressor":
+        pytest.importorskip("compressed_tensors")
+    own = {"quantization_config": AutoRoundConfig(backend="torch")} if name.startswith("auto_") else {}
+    with torch.no_grad():
+        loaded = AutoModelForCausalLM.from_pretrained(exported.folder, dtype=torch.float32, **own).eval()
+        found = loaded(token_ids(2)).logits
+        wanted = exported.dequantized_model()(token_ids(2)).logits
+    rounded = 2**-6 if name == "fake" else 1e-5  # weights are written in bfloat16
+    torch.testing.assert_close(found, wanted, rtol=0, atol=rounded * float(wanted.abs().max()))

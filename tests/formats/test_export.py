@@ -1,15 +1,17 @@
 import json
+import re
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from auto_round import pipeline
 from auto_round.config import RunConfig
-from auto_round.errors import ConfigError
+from auto_round.errors import ConfigError, VerificationError
 from auto_round.formats import EXPORTERS, export
 from auto_round.formats.export import checked_targets
+from auto_round.shards import ShardWriter
 from auto_round.store import RunStore
 from auto_round.tensors import BlockResult
 
@@ -171,3 +173,55 @@ def test_all_formats_are_written_from_one_store(quantized, tmp_path):
     assert len(scales) == len(names) - 2  # all but fake and qdq
     assert all(torch.equal(scales[0], other) for other in scales)
     assert list(RunStore.existing(tmp_path / "work").finished()) == ["model.layers.0", "model.layers.1"]
+
+
+@pytest.mark.parametrize("name", ["auto_round", "auto_gptq", "auto_awq", "llm_compressor", "mlx", "fake"])
+def test_layers_that_the_model_does_not_know_are_carried_over_and_said_to_be_in_16_bits(
+    name, make_model, tmp_path, caplog
+):
+    """DeepSeek V3 and GLM-4-MoE store a layer for multi-token prediction behind the last one."""
+    original, folder = tmp_path / "original", tmp_path / "out"
+    make_model("deepseek_v3").bfloat16().save_pretrained(original)
+    file = original / "model.safetensors"
+    layer = "model.layers.2"
+    extra = {
+        f"{layer}.eh_proj.weight": torch.randn(64, 128).bfloat16(),
+        f"{layer}.enorm.weight": torch.randn(64).bfloat16(),
+        f"{layer}.mlp.experts.0.up_proj.weight": torch.randn(32, 64).bfloat16(),
+        "mtp.fc.weight": torch.randn(64, 128).bfloat16(),
+    }
+    save_file({**load_file(file), **extra}, file, metadata={"format": "pt"})
+    options = {"iters": 0, "disable_opt_rtn": True, "group_size": 32, "device": "cpu", "bits": 4}
+    config = RunConfig.from_options(model=str(original), output_dir=str(folder), format=name, **options)
+    with caplog.at_level("INFO"):
+        session = pipeline.open_session(config)
+        pipeline.run(session)
+    assert session.plan.structure.extra_modules == (layer, "mtp")
+    written = load_file(folder / "model.safetensors")
+    assert all(torch.equal(written[key], tensor) for key, tensor in extra.items())
+    assert "carried over 3: model.layers.2.eh_proj.weight" in caplog.text
+    assert "carried over 3 that the model does not know: model.layers.2.eh_proj.weight" in caplog.text
+    said = json.loads((folder / "config.json").read_text()).get("quantization_config", {})
+    expressions = {
+        "auto_round": [key for key in said.get("extra_config", ()) if key.startswith("^")],
+        "auto_gptq": [key.removeprefix("-:") for key in said.get("dynamic", ()) if "layers" in key],
+        "llm_compressor": [key.removeprefix("re:") for key in said.get("ignore", ()) if key.startswith("re:")],
+    }
+    if name in expressions:
+        assert any(re.match(key, f"{layer}.mlp.experts.0.up_proj") for key in expressions[name])
+        assert not any(re.match(key, "model.layers.1.self_attn.o_proj") for key in expressions[name])
+    if name == "auto_awq":
+        assert layer in said["modules_to_not_convert"]
+
+
+def test_an_extra_matrix_that_is_lost_fails_the_check(make_model, tmp_path, monkeypatch):
+    original = tmp_path / "original"
+    make_model("llama").save_pretrained(original)
+    file = original / "model.safetensors"
+    save_file({**load_file(file), "mtp.fc.weight": torch.ones(8, 8)}, file, metadata={"format": "pt"})
+    add = ShardWriter.add
+    monkeypatch.setattr(ShardWriter, "add", lambda self, key, t: None if key == "mtp.fc.weight" else add(self, key, t))
+    options = {"iters": 0, "disable_opt_rtn": True, "group_size": 32, "device": "cpu"}
+    config = RunConfig.from_options(model=str(original), output_dir=str(tmp_path / "out"), **options)
+    with pytest.raises(VerificationError, match=r"missing: mtp\.fc\.weight"):
+        pipeline.run(pipeline.open_session(config))

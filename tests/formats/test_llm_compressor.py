@@ -532,8 +532,31 @@ def test_a_bfloat16_model_keeps_bfloat16_scales_only(scale_dtype, exact, write, 
     assert all(same) is exact
 
 
+@pytest.mark.parametrize(
+    ("options", "warning"),
+    [
+        ({"scheme": "NVFP4A16"}, "ignores the global scales of NVFP4 experts"),
+        ({"scheme": "MXFP8"}, "scales are for groups or blocks"),
+        ({"scheme": "FP8_BLOCK", "fp_layers": "self_attn"}, "scales are for groups or blocks"),
+        ({"scheme": "INT8_W8A8"}, "INT8"),
+        ({"scheme": "W4A16", "sym": False}, "zero points"),
+        ({"scheme": "W4A16"}, None),
+        ({"scheme": "FP8_DYNAMIC"}, None),
+        ({"scheme": "MXFP4"}, None),
+        ({"scheme": "MXFP8", "fp_layers": ".experts."}, None),
+    ],
+    ids=lambda value: str(value["scheme"]) if isinstance(value, dict) else "",
+)
+def test_experts_that_transformers_does_not_load_are_told(options, warning, make_model):
+    model = unfuse(make_model("qwen3_moe", moe_intermediate_size=128, hidden_size=128)).model
+    plan = resolve(discover(model), RunConfig.from_options(**options).scheme)
+    found = EXPORTERS["llm_compressor"].warnings(plan)
+    assert len(found) == (warning is not None)
+    assert all(warning in text and "--format auto_round" in text for text in found)
+
+
 def test_experts_load_and_routers_stay(write):
-    """Transformers dequantizes experts in 16 bits; MXFP8 ones not at all (5.23 fails on scales of groups)."""
+    """Transformers dequantizes experts in 16 bits."""
     written = write("qwen3_moe", model={}, scheme="W4A16G32")
     loaded = load(written.folder)
     for index, layer in enumerate(loaded.model.layers):

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoRoundConfig
 
 from auto_round import AutoRound
+from auto_round.errors import UnsupportedError
 
 QWEN = ("model.layers.1.mlp.experts.3.", ("gate_proj", "up_proj", "down_proj"), "model.layers.1.mlp.gate")
 # Family -> where an expert lies, names of its projections, the router, as vLLM 0.32 maps them. Source, in its
@@ -41,6 +42,8 @@ NAMES = {
     "gpt_oss": (QWEN[0], QWEN[1], "model.layers.1.mlp.router"),
     "llama4": ("model.layers.1.feed_forward.experts.3.", QWEN[1], "model.layers.1.feed_forward.router"),
 }
+# Families whose experts Transformers does not convert from one by one.
+STORED_FUSED = ("granitemoe", "gpt_oss", "llama4")
 SHARED_EXPERTS = {"qwen2_moe": "shared_expert", "deepseek_v2": "shared_experts", "llama4": "shared_expert"}
 ROUNDING = {"iters": 0}
 ONE_STEP = {"iters": 1}
@@ -138,10 +141,11 @@ def test_streamed_equals_in_memory_bit_for_bit(kind, make_model, quantize, tmp_p
 def test_experts_and_routers_have_the_names_that_engines_map(kind, make_model, quantize, tmp_path):
     """Each expert's tensors are written under vLLM's names, and each format's own key lists the router."""
     make_model(kind).save_pretrained(tmp_path / "model")
-    formats = "auto_round,auto_gptq,auto_awq,llm_compressor"
+    compressed = "auto_round:llm_compressor" if kind in STORED_FUSED else "llm_compressor"
+    formats = f"auto_round,auto_gptq,auto_awq,{compressed}"
     _, folders = quantize(str(tmp_path / "model"), formats, bits=4, disable_opt_rtn=True, **ROUNDING)
     stem, leaves, router = NAMES[kind]
-    for name, part in {"auto_round": "qweight", "auto_awq": "qweight", "llm_compressor": "weight_packed"}.items():
+    for name, part in {"auto_round": "qweight", "auto_awq": "qweight", compressed: "weight_packed"}.items():
         keys = keys_of(folders[name])
         assert {f"{stem}{leaf}.{part}" for leaf in leaves} <= keys
         assert f"{router}.weight" in keys
@@ -152,11 +156,27 @@ def test_experts_and_routers_have_the_names_that_engines_map(kind, make_model, q
     assert router in quantization_config(folders["auto_awq"])["modules_to_not_convert"]
     lists = {
         "auto_gptq": [rule for rule in quantization_config(folders["auto_gptq"])["dynamic"] if rule.startswith("-:")],
-        "llm_compressor": quantization_config(folders["llm_compressor"])["ignore"],
     }
+    if kind not in STORED_FUSED:
+        lists["llm_compressor"] = quantization_config(folders["llm_compressor"])["ignore"]
     router_leaf = router.rpartition("model.layers.1.")[2].replace(".", r"\.")
     for rules in lists.values():
         assert [rule for rule in rules if router_leaf in rule]
+
+
+@pytest.mark.parametrize("kind", STORED_FUSED)
+def test_experts_that_transformers_loads_fused_only_are_refused_for_llm_compressor(
+    kind, make_model, quantize, tmp_path
+):
+    """It would load such a checkpoint without an error, and make up the experts."""
+    make_model(kind).save_pretrained(tmp_path / "model")
+    with pytest.raises(UnsupportedError, match=r"llm_compressor: cannot store experts.*Use --format auto_round"):
+        quantize(str(tmp_path / "model"), "llm_compressor", bits=4, **ROUNDING)
+    _, folders = quantize(str(tmp_path / "model"), "llm_compressor", bits=4, fp_layers=".experts.", **ROUNDING)
+    before, after = (load_file(f / "model.safetensors") for f in (tmp_path / "model", folders["llm_compressor"]))
+    fused = [key for key in before if ".experts." in key or "_linear" in key]
+    assert fused
+    assert all(torch.equal(before[key], after[key]) for key in fused)
 
 
 @pytest.mark.parametrize("name", ["auto_round:llm_compressor", "auto_gptq", "auto_awq"])
