@@ -177,7 +177,7 @@ FAMILIES = {
             },
             **MEDIA_IDS, "tie_word_embeddings": False,
         },
-        "model.language_model.layers", patches(8), 4, "",
+        "model.language_model.layers", patches(8), 4, "fused experts stay in 16 bits",
     ),
     "llava": VisionFamily(
         "LLaVA 1.5", "LlavaForConditionalGeneration",
@@ -227,7 +227,7 @@ FAMILIES = {
             },
             "image_token_index": IMAGE,
         },
-        "language_model.model.layers", pixels(1, 3, 16, 16), 1, "",
+        "language_model.model.layers", pixels(1, 3, 16, 16), 1,
     ),
     "gemma3": VisionFamily(
         "Gemma 3", "Gemma3ForConditionalGeneration",
@@ -333,7 +333,7 @@ FAMILIES = {
             "vision_config": {"model_type": "idefics3_vision", **TOWER},
             "projector_patch_to_query_dict": {4: 3}, "image_token_index": IMAGE,
         },
-        "model.language_model.layers", pixels(1, 3, 16, 16), 3, "",
+        "model.language_model.layers", pixels(1, 3, 16, 16), 3,
     ),
     "deepseek_vl": VisionFamily(
         "DeepSeek-VL", "DeepseekVLForConditionalGeneration",
@@ -413,7 +413,6 @@ FAMILIES = {
             "projection_hidden_size": 32, **MEDIA_IDS, "tie_word_embeddings": False,
         },
         "model.language_model.layers", pixels(16, 3, 8, 8, image_grid_thw=[[1, 4, 4]]), 4,
-        "fused experts stay in 16 bits",
     ),
     "molmo2": VisionFamily(
         "Molmo 2", "Molmo2ForConditionalGeneration",

@@ -168,7 +168,7 @@ def test_cross_attention_is_rounded_on_text_and_tuned_on_pictures():
         rounder.quantize()
         notes.append(rounder._store.load(f"{family.blocks}.1").note)
     assert notes[0].startswith("calibration never reached")
-    assert notes[1] == ""
+    assert "calibration" not in notes[1]
 
 
 def test_weights_that_a_checkpoint_joins_stay_and_say_why(tmp_path):
