@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import importlib.util
 from collections.abc import Iterator
 
 import torch
+from torch import Tensor
 
 from auto_round import distributed
 from auto_round.errors import ConfigError
@@ -38,6 +41,26 @@ def compute_dtype(device: torch.device, stored: torch.dtype, *, amp: bool) -> to
     if device.type == "cpu" or not amp:
         return torch.float32
     return torch.float16 if stored == torch.float16 else torch.bfloat16
+
+
+def runs_triton(tensor: Tensor) -> bool:
+    """Whether Triton kernels run where a tensor is: on NVIDIA GPUs, and on CPUs in Triton's interpreter."""
+    return _is_interpreted() or (tensor.is_cuda and _has_triton() and torch.version.hip is None)
+
+
+@functools.cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+@functools.cache
+def _is_interpreted() -> bool:
+    """Whether TRITON_INTERPRET=1 was set when Triton was imported."""
+    if not _has_triton():
+        return False
+    from triton import knobs
+
+    return bool(knobs.runtime.interpret)
 
 
 @contextlib.contextmanager

@@ -37,6 +37,7 @@ from auto_round.sources import open_source
 from auto_round.store import RunStore
 from auto_round.tensors import BlockResult
 from auto_round.tuning import (
+    Tuner,
     TuningTask,
     quantizers_of,
     round_plain,
@@ -229,12 +230,11 @@ def _tune_everything(session: Session, store: RunStore, data: CalibrationSet) ->
     for index in range(len(plan.groups)):
         last = index == len(plan.groups) - 1 and not outside_left
         # In a function of its own, so that nothing of a block stays while the next one is tuned.
-        _pass_block(session, store, stream, index, progress, needs_targets=tuner.needs_targets or not last, last=last)
+        _pass_block(session, store, stream, index, progress, tuner, last=last)
         release_freed()
     if outside_left:
-        round_outside(
-            plan, session.source, store, config, OutsideInputs(_head_inputs(stream, plan), stream.channel_means)
-        )
+        inputs = OutsideInputs(_head_inputs(stream, plan), stream.channel_means)
+        round_outside(plan, session.source, store, config, inputs)
 
 
 def _head_inputs(stream: BlockStream, plan: Plan) -> Tensor | None:
@@ -252,16 +252,16 @@ def _pass_block(
     stream: BlockStream,
     index: int,
     progress: Progress,
+    tuner: Tuner,
     *,
-    needs_targets: bool,
     last: bool,
 ) -> None:
     """Quantizes one group of blocks, or takes its result from the store, and moves the activations past it."""
     block, name = stream.load(index), session.plan.groups[index][0]
     done = store.has(name)
     assert stream.original is not None
-    targets_NTH = stream.run(block, stream.original) if needs_targets else None
-    if not tuner_for(session.config.tune).needs_original_inputs:
+    targets_NTH = stream.run(block, stream.original) if tuner.needs_targets or not last else None
+    if not tuner.needs_original_inputs:
         stream.forget_original()
     result = store.load(name) if done else _tune_block(session, stream, block, targets_NTH)
     if not done:

@@ -6,7 +6,6 @@ runs everywhere else.
 
 from __future__ import annotations
 
-import importlib.util
 import math
 from typing import Any
 
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor
 
 from auto_round.data_types.base import MIN_SCALE
+from auto_round.device import runs_triton
 from auto_round.tuning.tuned_weight import CLIP_BOUNDS, CURVATURE_SHARE, TunedWeight
 
 # Longer groups (whole rows) would not stay in the registers of a program.
@@ -76,11 +76,7 @@ class FusedWeight:
 def fused_weight(tuned: TunedWeight, dtype: torch.dtype) -> FusedWeight | None:
     """Returns what takes the steps of a weight with a kernel, or None where there is none for it."""
     scheme, width = tuned.scheme, tuned.weight.shape[1]
-    if tuned.data_type.name != "int" or importlib.util.find_spec("triton") is None:
-        return None
-    from triton import knobs
-
-    is_here = knobs.runtime.interpret or (tuned.weight.is_cuda and torch.version.hip is None)
     group = width if scheme.group_size == -1 else scheme.group_size
     fits = isinstance(group, int) and 0 < group <= MAX_GROUP and width % group == 0
-    return FusedWeight(tuned, dtype) if is_here and fits else None
+    is_held = tuned.data_type.name == "int" and fits and runs_triton(tuned.weight)
+    return FusedWeight(tuned, dtype) if is_held else None

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from auto_round.device import runs_triton
 
 PROGRAM_ELEMENTS = 4096
 
@@ -23,11 +24,7 @@ def squared_error(output: Tensor, target: Tensor, weight: Tensor | None = None) 
 
 
 def _has_kernel(output: Tensor, target: Tensor) -> bool:
-    if output.shape != target.shape or torch.compiler.is_compiling() or importlib.util.find_spec("triton") is None:
-        return False
-    from triton import knobs
-
-    return bool(knobs.runtime.interpret) or (output.is_cuda and torch.version.hip is None)
+    return output.shape == target.shape and not torch.compiler.is_compiling() and runs_triton(output)
 
 
 class _OnePass(torch.autograd.Function):
