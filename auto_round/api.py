@@ -23,6 +23,7 @@ from auto_round.formats.export import checked_targets
 from auto_round.models.base import LinearInfo, is_linear, is_transposed
 from auto_round.plan import Plan, fit_group
 from auto_round.schemes import QuantizationScheme, to_scheme
+from auto_round.session import open_session
 from auto_round.store import RunStore
 from auto_round.tensors import BlockResult
 from auto_round.tuning import TuningTask, quantizers_of, tune
@@ -89,7 +90,7 @@ class AutoRound:
             given["device"] = str(given["device"])
         self.config = RunConfig.from_options(**given)
         processor = self.processor if self.processor is not None else self.image_processor
-        self.session = pipeline.open_session(self.config, tokenizer=tokenizer, processor=processor)
+        self.session = open_session(self.config, tokenizer=tokenizer, processor=processor)
         self._work: tempfile.TemporaryDirectory | None = None
         self._store: RunStore | None = None
 

@@ -147,8 +147,9 @@ def _run(config: RunConfig, parsed: argparse.Namespace, *, plan_only: bool) -> i
     from auto_round import distributed, evaluation, pipeline
     from auto_round.plan import describe
     from auto_round.report import describe_memory
+    from auto_round.session import open_session
 
-    session = pipeline.open_session(config)
+    session = open_session(config)
     targets = pipeline.format_targets(session)
     if plan_only:
         print(describe(session.plan))

@@ -17,23 +17,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from auto_round import __version__, distributed, end_to_end
+from auto_round import distributed, end_to_end
 from auto_round.blocks import Block, BlockStream
-from auto_round.calibration import CalibrationSet, has_pictures, load_calibration, load_pictures
-from auto_round.checkpoint import WeightSource, load_processor, resolve_folder
-from auto_round.config import RunConfig, parse_formats
+from auto_round.calibration import CalibrationSet
+from auto_round.config import parse_formats
 from auto_round.device import compute_device, compute_dtype, repeatable_kernels
-from auto_round.errors import ConfigError
-from auto_round.extra_tensors import extra_modules
 from auto_round.formats import FormatTarget, export, verify
-from auto_round.formats.base import prescription
 from auto_round.formats.export import HEAD_BLOCK, checked_targets
 from auto_round.memory import release_freed
-from auto_round.models import discover, keep_joined
 from auto_round.outside import OutsideInputs, output_layers, round_outside
-from auto_round.plan import Plan, resolve
+from auto_round.plan import Plan
 from auto_round.progress import Progress
-from auto_round.sources import open_source
+from auto_round.session import Session, fingerprint, load_data
 from auto_round.store import RunStore
 from auto_round.tensors import BlockResult
 from auto_round.tuning import (
@@ -51,23 +46,6 @@ from auto_round.tuning.kv_cache import cache_scales
 logger = logging.getLogger(__name__)
 
 WORK_FOLDER = ".auto_round_work"
-# Enough to tell a fine-tuned model from its base without reading it whole.
-IDENTITY_TENSORS, IDENTITY_VALUES = 16, 4096
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Session:
-    """What a run works on: its options, where weights come from, what becomes of them.
-
-    Attributes:
-        processor: of pictures, as given; None: the one in the model's folder.
-    """
-
-    config: RunConfig
-    source: WeightSource
-    tokenizer: Any
-    plan: Plan
-    processor: Any = None
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -83,31 +61,6 @@ class RunResult:
     folders: tuple[Path, ...]
     summaries: dict[str, dict[str, Any]]
     seconds: float
-
-
-def open_session(config: RunConfig, *, tokenizer: Any = None, processor: Any = None) -> Session:
-    """Reads the model's structure and resolves the plan; no weights are read.
-
-    Args:
-        tokenizer: used instead of the one in the model's folder.
-        processor: the same for the processor of pictures.
-    Raises:
-        ConfigError, UnsupportedError: everything that is wrong with the options, before any work.
-    """
-    if config.model is None:
-        raise ConfigError("no model given. Write --model FOLDER_OR_NAME")
-    model = resolve_folder(str(config.model)) if isinstance(config.model, (str, Path)) else config.model
-    source = open_source(model, trust_remote_code=config.trust_remote_code)
-    if tokenizer is None and source.folder is not None:
-        tokenizer = _load_tokenizer(source.folder, config)
-    names = config.scheme.to_quant_block_names
-    lists = [name.strip() for name in names.split(",")] if isinstance(names, str) else names
-    structure = keep_joined(discover(source.model, lists), set(source.keys().values()), source.fused_experts())
-    structure = dataclasses.replace(structure, extra_modules=extra_modules(source))
-    prescribed = prescription(parse_formats(config.format), structure, source, tokenizer, config)
-    plan = resolve(structure, config.scheme, nblocks=config.tune.nblocks, prescription=prescribed)
-    end_to_end.check(config, plan)
-    return Session(_clip_seqlen(config, source.model, tokenizer), source, tokenizer, plan, processor)
 
 
 def format_targets(session: Session) -> list[FormatTarget]:
@@ -157,7 +110,7 @@ def quantize(session: Session, work: Path) -> RunStore:
     for warning in plan.warnings:
         logger.warning("%s", warning)
     needs_calibration = plan.needs_calibration or (config.tune.needs_calibration and bool(plan.quantized()))
-    data = _load_data(session) if needs_calibration or config.end_to_end.e2e_steps else None
+    data = load_data(session) if needs_calibration or config.end_to_end.e2e_steps else None
     store = _open_store(work, session, data)
     with repeatable_kernels():
         if data is None or not needs_calibration:
@@ -170,17 +123,6 @@ def quantize(session: Session, work: Path) -> RunStore:
             end_to_end.tune_scales(plan, store, config, opened, seed=block_seed(config.tune.seed, "end_to_end"))
     assert all(store.has(group[0]) for group in plan.groups), source
     return store
-
-
-def _load_data(session: Session) -> CalibrationSet:
-    calib = session.config.calib
-    size = {"nsamples": calib.nsamples, "seqlen": calib.seqlen, "seed": session.config.tune.seed}
-    if not has_pictures(calib.dataset):
-        return load_calibration(calib.dataset, session.tokenizer, **size)
-    processor, folder = session.processor, session.source.folder
-    if processor is None and folder is not None and isinstance(calib.dataset, str | Path):
-        processor = load_processor(folder, trust_remote_code=session.config.trust_remote_code)
-    return load_pictures(calib.dataset, processor, **size, folder=calib.extra_data_dir)
 
 
 def dequantized(store: RunStore, plan: Plan) -> Iterator[tuple[str, Tensor]]:
@@ -338,63 +280,10 @@ def block_seed(seed: int, name: str) -> int:
 
 
 def _open_store(work: Path, session: Session, data: CalibrationSet | None) -> RunStore:
-    fingerprint: dict[str, Any] = {
-        "version": __version__,
-        "model": _model_identity(session.source),
-        "weights": {name: entry.scheme.to_dict() for name, entry in session.plan.quantized().items()},
-        "groups": [list(group) for group in session.plan.groups],
-        "cache_scales": session.plan.has_cache_scales,
-        "tune": dataclasses.asdict(session.config.tune) if data is not None else {"iters": 0, "disable_opt_rtn": True},
-        "calibration": None if data is None else _data_identity(data),
-        "all_experts": session.config.calib.calibrate_all_experts,
-        "world_size": distributed.world_size(),
-    }
     if not distributed.is_writer():
         distributed.barrier()
         return RunStore.existing(work)
-    store = RunStore(work, fingerprint, resume=session.config.resume)
+    store = RunStore(work, fingerprint(session, data), resume=session.config.resume)
     end_to_end.drop_other(store, session.config)
     distributed.barrier()
     return store
-
-
-def _data_identity(data: CalibrationSet) -> str:
-    digest = hashlib.sha256(data.input_ids.numpy().tobytes())
-    if data.attention_mask is not None:
-        digest.update(data.attention_mask.numpy().tobytes())
-    for sample in data.media or ():
-        for name in sorted(sample):
-            digest.update(name.encode() + sample[name].contiguous().numpy().tobytes())
-    return digest.hexdigest()
-
-
-def _model_identity(source: WeightSource) -> dict[str, Any]:
-    """Returns what tells one model from another: names of all tensors, and the start of a few of them."""
-    keys = list(source.keys())
-    digest = hashlib.sha256("\n".join(keys).encode())
-    for key in keys[:: max(1, len(keys) // IDENTITY_TENSORS)]:
-        start = source.read(key).detach().flatten()[:IDENTITY_VALUES].float().cpu()
-        digest.update(start.contiguous().numpy().tobytes())
-    return {"class": type(source.model).__name__, "tensors": len(keys), "digest": digest.hexdigest()}
-
-
-def _load_tokenizer(folder: Path, config: RunConfig) -> Any:
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=config.trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
-        logger.info("%s has no tokenizer that loads (%s); calibration needs token ids then", folder, error)
-        return None
-
-
-def _clip_seqlen(config: RunConfig, model: Any, tokenizer: Any) -> RunConfig:
-    """Returns the config with seqlen no longer than the model's positions and the tokenizer's limit."""
-    model_config = getattr(model, "config", None)
-    text_config = model_config.get_text_config() if hasattr(model_config, "get_text_config") else model_config
-    limits = [getattr(text_config, "max_position_embeddings", None), getattr(tokenizer, "model_max_length", None)]
-    longest = min([limit for limit in limits if isinstance(limit, int) and limit > 0], default=config.calib.seqlen)
-    if config.calib.seqlen <= longest:
-        return config
-    logger.info("changed: seqlen %d -> %d (the model takes no more)", config.calib.seqlen, longest)
-    return dataclasses.replace(config, calib=dataclasses.replace(config.calib, seqlen=longest))

@@ -13,6 +13,7 @@ from auto_round.calibration import CalibrationSet
 from auto_round.config import PARTS, RunConfig
 from auto_round.errors import ConfigError, UnsupportedError
 from auto_round.models import discover
+from auto_round.session import open_session
 from auto_round.tuning import SearchedRounding, round_plain
 
 FAST = {"iters": 3, "batch_size": 4, "group_size": 32, "device": "cpu", "seqlen": 16, "nsamples": 8}
@@ -300,7 +301,7 @@ def test_tune_block_gives_what_the_pipeline_gives(make_model, ids, tmp_path):
     model = make_model()
     options = {"iters": 0, "batch_size": 4}
     config = RunConfig.from_options(model=model, dataset=ids, group_size=32, device="cpu", **options)
-    session = pipeline.open_session(config)
+    session = open_session(config)
     stored = pipeline.quantize(session, tmp_path / "w").load("model.layers.0")
     with torch.no_grad():
         hidden = model.model.embed_tokens(ids.input_ids)
@@ -318,7 +319,7 @@ def test_tuned_steps_of_tune_block_equal_the_pipelines(make_model, ids, tmp_path
     monkeypatch.setattr(pipeline, "block_seed", lambda seed, _name: seed)
     model = make_model()
     config = RunConfig.from_options(model=model, dataset=ids, **{**FAST, "iters": 5, "bits": 2})
-    stored = pipeline.quantize(pipeline.open_session(config), tmp_path / "w").load("model.layers.0")
+    stored = pipeline.quantize(open_session(config), tmp_path / "w").load("model.layers.0")
     with torch.no_grad():
         hidden = model.model.embed_tokens(ids.input_ids)
         rotary = model.model.rotary_emb(hidden, torch.arange(16)[None])

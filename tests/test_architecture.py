@@ -29,6 +29,7 @@ LAYERS = (
     ("sources",),
     ("outside",),
     ("end_to_end",),
+    ("session",),
     ("pipeline", "evaluation", "report"),
     ("api",),
     ("cli",),

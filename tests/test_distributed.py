@@ -10,6 +10,7 @@ import torch
 from auto_round import distributed, pipeline
 from auto_round.calibration import CalibrationSet
 from auto_round.config import RunConfig
+from auto_round.session import open_session
 from auto_round.store import RunStore
 
 # One rank, as torchrun would start it: first the collectives by themselves, then every case as a run of its own.
@@ -21,6 +22,7 @@ from auto_round import distributed, pipeline
 from auto_round.calibration import CalibrationSet
 from auto_round.shards import ShardWriter
 from auto_round.config import RunConfig
+from auto_round.session import open_session
 from auto_round.store import RunStore
 
 torch.set_num_threads(1)
@@ -44,7 +46,7 @@ for case, options in json.loads(sys.argv[1]).items():
     RunStore.save = lambda self, block, result: seen.append(block) or save(self, block, result)
     ShardWriter.close = lambda self: seen.append("shards") or close(self)
     ids = torch.randint(2, 96, (8, 16), generator=torch.Generator().manual_seed(0))
-    pipeline.run(pipeline.open_session(RunConfig.from_options(dataset=CalibrationSet(ids), **options)))
+    pipeline.run(open_session(RunConfig.from_options(dataset=CalibrationSet(ids), **options)))
 distributed.stop()
 distributed.stop()
 assert distributed.world_size() == 1
@@ -118,7 +120,7 @@ def test_two_ranks_write_the_bits_of_one_process(case, two_ranks, token_ids, tmp
     place, _ = two_ranks
     options = {"model": str(place / "model"), **TWO_TERMS, **CASES[case], "dataset": CalibrationSet(token_ids(8, 16))}
     options |= {"output_dir": str(tmp_path / "out"), "work_dir": str(tmp_path / "work")}
-    pipeline.run(pipeline.open_session(RunConfig.from_options(**options)))
+    pipeline.run(open_session(RunConfig.from_options(**options)))
     one, two = RunStore.existing(tmp_path / "work"), RunStore.existing(place / case / "work")
     assert list(one.finished()) == list(two.finished())
     kept = {

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from auto_round import end_to_end, pipeline
+from auto_round import session as session_module
 from auto_round.blocks import BlockStream
 from auto_round.calibration import CalibrationSet
 from auto_round.config import RunConfig
@@ -28,7 +29,7 @@ def ids(token_ids):
 
 def open_session(model, output, **options):
     given = {name: value for name, value in {**BASE, **options}.items() if value is not None}
-    return pipeline.open_session(RunConfig.from_options(model=model, output_dir=str(output), **given))
+    return session_module.open_session(RunConfig.from_options(model=model, output_dir=str(output), **given))
 
 
 def quantize(model, work, **options):
@@ -280,7 +281,7 @@ def test_held_out_samples_are_never_stepped_on(make_model, ids, tmp_path, monkey
 def test_schemes_without_tunable_scales_are_refused_before_any_work(scheme, make_model, tmp_path):
     config = RunConfig.from_options(model=make_model(), output_dir=str(tmp_path / "out"), scheme=scheme, e2e_steps=5)
     with pytest.raises(UnsupportedError, match=r"powers of two.*--e2e_steps"):
-        pipeline.open_session(config)
+        session_module.open_session(config)
     assert not (tmp_path / "out").exists()
 
 
@@ -302,7 +303,7 @@ def test_a_plan_that_quantizes_nothing_is_refused(make_model, tmp_path):
 def test_a_model_without_an_output_layer_is_refused(make_model, tmp_path):
     config = RunConfig.from_options(model=make_model().model, output_dir=str(tmp_path), bits=2, e2e_steps=5)
     with pytest.raises(UnsupportedError, match="no output layer"):
-        pipeline.open_session(config)
+        session_module.open_session(config)
 
 
 def test_a_single_sample_is_refused_before_blocks_are_tuned(make_model, token_ids, tmp_path):

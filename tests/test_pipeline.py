@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from auto_round import pipeline
+from auto_round import session as session_module
 from auto_round.calibration import CalibrationSet
 from auto_round.config import RunConfig
 from auto_round.errors import ConfigError, ResumeMismatchError, UnsupportedError
@@ -29,7 +30,7 @@ ROUNDING = {"iters": 0, "disable_opt_rtn": True, "group_size": 32, "device": "cp
 
 
 def open_session(model, output, **options):
-    return pipeline.open_session(RunConfig.from_options(model=model, output_dir=str(output), **options))
+    return session_module.open_session(RunConfig.from_options(model=model, output_dir=str(output), **options))
 
 
 def run(model, output, **options):
@@ -393,17 +394,6 @@ def test_the_config_names_the_precision_of_a_model_in_memory(make_model, tmp_pat
     assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "bfloat16"
 
 
-# --- seqlen -----------------------------------------------------------------------------------------------------
-
-
-def test_seqlen_is_clipped_to_the_models_positions(make_model, tmp_path, caplog):
-    with caplog.at_level("INFO"):
-        session = open_session(make_model(max_position_embeddings=48), tmp_path, seqlen=512)
-    assert session.config.calib.seqlen == 48
-    assert "seqlen 512 -> 48" in caplog.text
-    assert open_session(make_model(), tmp_path, seqlen=32).config.calib.seqlen == 32
-
-
 # --- work folder, interruption and resuming ---------------------------------------------------------------------
 
 
@@ -419,6 +409,7 @@ import json, sys, time
 from auto_round import pipeline
 from auto_round.calibration import CalibrationSet
 from auto_round.config import RunConfig
+from auto_round.session import open_session
 from auto_round.store import RunStore
 import torch
 options = json.loads(sys.argv[1])
@@ -431,7 +422,7 @@ def slow_save(self, block, result):
         time.sleep(60)  # the test kills this process while it waits here
     save(self, block, result)
 RunStore.save = slow_save
-pipeline.run(pipeline.open_session(RunConfig.from_options(**options)))
+pipeline.run(open_session(RunConfig.from_options(**options)))
 """
 
 
@@ -535,16 +526,6 @@ def test_more_than_ten_blocks_are_all_written(make_model, tmp_path):
 
 
 # --- errors before any work -------------------------------------------------------------------------------------
-
-
-def test_no_model_is_an_error():
-    with pytest.raises(ConfigError, match="no model given"):
-        pipeline.open_session(RunConfig())
-
-
-def test_a_folder_that_is_not_there_is_an_error(tmp_path):
-    with pytest.raises(ConfigError, match="no such folder"):
-        open_session(str(tmp_path / "none"), tmp_path)
 
 
 def test_a_device_that_is_not_there_is_an_error(make_model, tmp_path):

@@ -16,6 +16,7 @@ from auto_round import pipeline
 from auto_round.config import RunConfig
 from auto_round.conversion import unfuse
 from auto_round.plan import Plan
+from auto_round.session import open_session
 from auto_round.tensors import QuantizedTensor
 
 
@@ -80,7 +81,7 @@ def export_model(make_model: Callable[..., Any], tmp_path: Path) -> Callable[...
         config = RunConfig.from_options(
             **{**defaults, "model": str(original), "output_dir": str(folder), "format": name, **options}
         )
-        session = pipeline.open_session(config)
+        session = open_session(config)
         pipeline.run(session)
         store = pipeline.quantize(
             pipeline.Session(dataclasses.replace(config, resume=True), session.source, None, session.plan),

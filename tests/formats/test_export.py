@@ -11,6 +11,7 @@ from auto_round.config import RunConfig
 from auto_round.errors import ConfigError, VerificationError
 from auto_round.formats import EXPORTERS, export
 from auto_round.formats.export import checked_targets
+from auto_round.session import open_session
 from auto_round.shards import ShardWriter
 from auto_round.store import RunStore
 from auto_round.tensors import BlockResult
@@ -31,7 +32,7 @@ def quantized(make_model, tmp_path):
 
     def make(model=None, **options):
         config = RunConfig.from_options(model=model or make_model(), **{**ROUNDING, **options})
-        session = pipeline.open_session(config)
+        session = open_session(config)
         return session, pipeline.quantize(session, tmp_path / "work")
 
     return make
@@ -194,7 +195,7 @@ def test_layers_that_the_model_does_not_know_are_carried_over_and_said_to_be_in_
     options = {"iters": 0, "disable_opt_rtn": True, "group_size": 32, "device": "cpu", "bits": 4}
     config = RunConfig.from_options(model=str(original), output_dir=str(folder), format=name, **options)
     with caplog.at_level("INFO"):
-        session = pipeline.open_session(config)
+        session = open_session(config)
         pipeline.run(session)
     assert session.plan.structure.extra_modules == (layer, "mtp")
     written = load_file(folder / "model.safetensors")
@@ -224,4 +225,4 @@ def test_an_extra_matrix_that_is_lost_fails_the_check(make_model, tmp_path, monk
     options = {"iters": 0, "disable_opt_rtn": True, "group_size": 32, "device": "cpu"}
     config = RunConfig.from_options(model=str(original), output_dir=str(tmp_path / "out"), **options)
     with pytest.raises(VerificationError, match=r"missing: mtp\.fc\.weight"):
-        pipeline.run(pipeline.open_session(config))
+        pipeline.run(open_session(config))

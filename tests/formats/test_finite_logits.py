@@ -9,6 +9,7 @@ from auto_round.formats import EXPORTERS, export, finite_logits
 from auto_round.formats.finite_logits import DenseTensors, LogitsOutcome, check_logits
 from auto_round.formats.verify import expected_tensors
 from auto_round.formats.written import WrittenCheckpoint
+from auto_round.session import open_session
 
 OPTIONS = {"iters": 0, "disable_opt_rtn": True, "group_size": 32, "device": "cpu"}
 CPU = torch.device("cpu")
@@ -19,7 +20,7 @@ class Written:
 
     def __init__(self, folder, model, name="auto_round", **options):
         self.config = RunConfig.from_options(model=model, **{**OPTIONS, **options})
-        session = pipeline.open_session(self.config)
+        session = open_session(self.config)
         self.folder, self.blocks = folder / name, session.plan.structure.blocks
         store = pipeline.quantize(session, folder / "work")
         export(EXPORTERS[name], self.folder, session.plan, session.source, store, self.config, None)

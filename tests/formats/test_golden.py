@@ -13,10 +13,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from auto_round import pipeline
 from auto_round.config import RunConfig
 from auto_round.formats import EXPORTERS, export
 from auto_round.formats.export import HEAD_BLOCK
+from auto_round.session import open_session
 from auto_round.store import RunStore
 from auto_round.tensors import BlockResult, QuantizedTensor
 
@@ -88,7 +88,7 @@ def written_again(golden: Path, source: Path, name: str, folder: Path) -> Path:
         layer_config=layer_rules(config),
         **options,
     )
-    session = pipeline.open_session(settings)
+    session = open_session(settings)
     results: dict[str, dict[str, QuantizedTensor]] = {block: {} for block in session.plan.structure.blocks}
     for parameter, entry in session.plan.quantized().items():
         codes, zeros = codes_and_zeros(tensors, config, entry.layer.name, entry.scheme)

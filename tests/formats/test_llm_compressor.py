@@ -23,6 +23,7 @@ from auto_round.layouts.by_scheme import compressed_layout
 from auto_round.models import discover
 from auto_round.plan import Plan, resolve
 from auto_round.schemes import PRESET_SCHEMES, QuantizationScheme
+from auto_round.session import open_session
 from auto_round.tensors import QuantizedTensor
 
 FORMAT = EXPORTERS["llm_compressor"]
@@ -88,7 +89,7 @@ def write(make_model, token_ids, tmp_path):
             "seqlen": 16, "batch_size": 4, "dataset": [row[None] for row in token_ids()], **options,
         }  # fmt: skip
         config = RunConfig.from_options(model=str(source), output_dir=str(folder), work_dir=str(work), **chosen)
-        session = pipeline.open_session(config)
+        session = open_session(config)
         pipeline.run(session)
         kept = dataclasses.replace(session, config=dataclasses.replace(session.config, resume=True))
         store = pipeline.quantize(kept, work)

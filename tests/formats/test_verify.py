@@ -13,6 +13,7 @@ from auto_round.errors import UnsupportedError, VerificationError
 from auto_round.formats import EXPORTERS, export, finite_logits, verify
 from auto_round.formats.fake import FakeFormat
 from auto_round.layouts import LAYOUTS
+from auto_round.session import open_session
 from auto_round.shards import INDEX_NAME
 from auto_round.store import RunStore
 from auto_round.tensors import BlockResult
@@ -28,7 +29,7 @@ class Export:
 
     def __init__(self, folder: Path, model, name: str = "auto_round", **options):
         config = RunConfig.from_options(model=model, output_dir=str(folder), **{**OPTIONS, **options})
-        self.session, self.folder, self.exporter = pipeline.open_session(config), folder / "out", EXPORTERS[name]
+        self.session, self.folder, self.exporter = open_session(config), folder / "out", EXPORTERS[name]
         self.store = pipeline.quantize(self.session, folder / "work")
         self.write()
 

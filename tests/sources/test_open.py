@@ -17,6 +17,7 @@ from auto_round import pipeline
 from auto_round.checkpoint import CheckpointSource, ModuleSource
 from auto_round.config import RunConfig
 from auto_round.errors import ConfigError, UnsupportedError
+from auto_round.session import open_session
 from auto_round.sources import open_source
 
 # Format and scheme of a source -> options of the run that wrote it.
@@ -46,7 +47,7 @@ def quantize(model: Path, folder: Path, **options: Any) -> None:
     """Runs rounding to nearest, the check included."""
     own = {} if "scheme" in options else {"group_size": 32}
     config = RunConfig.from_options(model=model, output_dir=folder, **ROUNDED, **own, **options)
-    pipeline.run(pipeline.open_session(config))
+    pipeline.run(open_session(config))
 
 
 def tensors_of(folder: Path) -> dict[str, torch.Tensor]:

@@ -21,6 +21,7 @@ from auto_round.config import RunConfig
 from auto_round.formats.gguf.contents import contents_of
 from auto_round.formats.gguf.pre_tokenizers import QWEN2
 from auto_round.plan import Plan
+from auto_round.session import open_session
 from auto_round.tensors import QuantizedTensor
 
 SPECIAL = ("<unk>", "<s>", "</s>")
@@ -229,7 +230,7 @@ def save_tokenizer(tokenizer: Tokenizer, folder: Path, **options: Any) -> None:
 def planned(folder, name="gguf:q4_k_m", **options):
     """Returns the plan of a run; nothing is quantized."""
     places = {"model": str(folder), "output_dir": str(folder.parent / "out"), "device": "cpu"}
-    return pipeline.open_session(RunConfig.from_options(**{**places, "format": name, **options})).plan
+    return open_session(RunConfig.from_options(**{**places, "format": name, **options})).plan
 
 
 def schemes(plan):
@@ -278,7 +279,7 @@ def export_gguf(save_model: Callable[..., Path], tmp_path: Path) -> Callable[...
         defaults: dict[str, Any] = {"iters": 0, "disable_opt_rtn": True, "device": "cpu"}
         work, output = tmp_path / "work", tmp_path / f"gguf-{mix}"
         places = {"model": str(original), "output_dir": str(output), "work_dir": str(work), "format": f"gguf:{mix}"}
-        session = pipeline.open_session(RunConfig.from_options(**{**defaults, **places, **options}))
+        session = open_session(RunConfig.from_options(**{**defaults, **places, **options}))
         pipeline.run(session)
         store = pipeline.RunStore.existing(work)
         weights = {key: weight for block in store.finished() for key, weight in store.load(block).weights.items()}
