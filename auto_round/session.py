@@ -23,6 +23,7 @@ logger = logging.getLogger(__name__)
 
 # Enough to tell a fine-tuned model from its base without reading it whole.
 IDENTITY_TENSORS, IDENTITY_VALUES = 16, 4096
+HELD_OUT_SAMPLES = 16  # that quality is measured on
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -70,7 +71,7 @@ def load_data(session: Session) -> CalibrationSet:
     calib = session.config.calib
     size = {"nsamples": calib.nsamples, "seqlen": calib.seqlen, "seed": session.config.tune.seed}
     if not has_pictures(calib.dataset):
-        return load_calibration(calib.dataset, session.tokenizer, **size)
+        return load_calibration(calib.dataset, session.tokenizer, **size, held_out=HELD_OUT_SAMPLES)
     processor, folder = session.processor, session.source.folder
     if processor is None and folder is not None and isinstance(calib.dataset, str | Path):
         processor = load_processor(folder, trust_remote_code=session.config.trust_remote_code)

@@ -30,6 +30,7 @@ LAYERS = (
     ("outside",),
     ("end_to_end",),
     ("session",),
+    ("quality",),
     ("pipeline", "evaluation", "report"),
     ("api",),
     ("cli",),
