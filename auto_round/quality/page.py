@@ -22,8 +22,8 @@ MEANINGS = {
     "(what has added up), and behind 16-bit blocks (what the block itself adds).",
     "Loss": "mean squared error of a block's output on calibration text, before tuning (scales searched, rounded to "
     "nearest) and at the kept step. Outputs of blocks differ in size, so losses compare within a block only.",
-    "Layer error": "Σ (w &minus; q)² / Σ w²; the weighted one weighs each input channel by its mean square on the held-out "
-    "text.",
+    "Layer error": "Σ (w &minus; q)² / Σ w²; the weighted one weighs input channels by their mean squares on "
+    "the held-out text.",
     "Bits per weight": "codes, scales and zero points, by the scheme; file sizes also count headers and padding.",
 }
 
