@@ -93,12 +93,16 @@ def load_calibration(
         log.info("calibration: %d samples with %d tokens, as given", len(dataset), dataset.n_tokens)
         return dataset
     budget = Budget(nsamples, seqlen, seed, held_out)
-    if isinstance(dataset, str | os.PathLike):
-        drawn = _draw_named(dataset, tokenizer, budget)
-    else:
-        drawn = _draw_objects(dataset, tokenizer, budget)
+    drawn = draw_samples(dataset, tokenizer, budget)
     _report(drawn, budget)
     return drawn
+
+
+def draw_samples(dataset: Any, tokenizer: PreTrainedTokenizerBase | None, budget: Budget) -> CalibrationSet:
+    """Returns samples of a dataset, as `load_calibration` does, for whatever they are used."""
+    if isinstance(dataset, str | os.PathLike):
+        return _draw_named(dataset, tokenizer, budget)
+    return _draw_objects(dataset, tokenizer, budget)
 
 
 def share_budget(nums: Sequence[int | None], nsamples: int) -> list[int]:

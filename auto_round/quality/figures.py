@@ -20,7 +20,7 @@ def number(value: float | None, digits: int = 3) -> str:
     if -4 <= power < 6:
         text = f"{rounded:,.{max(0, digits - 1 - power)}f}"
     else:
-        text = f"{rounded:.{digits - 1}e}".replace("e-0", "e-").replace("e+0", "e")
+        text = f"{rounded:.{digits - 1}e}".replace("e-0", "e-").replace("e+0", "e").replace("e+", "e")
     return text.replace("-", MINUS)
 
 

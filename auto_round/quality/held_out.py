@@ -6,8 +6,8 @@ the run's store, so that a report can be made after an interruption too.
 
 from __future__ import annotations
 
-from auto_round.calibration import CalibrationSet, has_pictures, load_calibration
-from auto_round.session import HELD_OUT_SAMPLES, Session
+from auto_round.calibration import Budget, CalibrationSet, draw_samples, has_pictures
+from auto_round.session import Session, held_out_count
 from auto_round.store import RunStore
 
 HOW = "--report_text FILE measures on a text"
@@ -39,14 +39,8 @@ def choose(session: Session, data: CalibrationSet | None) -> tuple[CalibrationSe
     """Returns samples and what they are, or None and why there are none."""
     config = session.config
     if config.report_text is not None:
-        drawn = load_calibration(
-            config.report_text,
-            session.tokenizer,
-            nsamples=HELD_OUT_SAMPLES,
-            seqlen=config.calib.seqlen,
-            seed=config.tune.seed,
-        )
-        return drawn, f"{config.report_text}, as asked for"
+        budget = Budget(held_out_count(config.calib.seqlen), config.calib.seqlen, config.tune.seed)
+        return draw_samples(config.report_text, session.tokenizer, budget), f"{config.report_text}, as asked for"
     if data is None:
         return None, f"plain rounding reads no calibration text; {HOW}"
     if has_pictures(config.calib.dataset):

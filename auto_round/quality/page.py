@@ -82,13 +82,13 @@ def _tiles(record: Mapping[str, Any]) -> str:
         )
         error = "" if found["kl_error"] is None else f"± {number(found['kl_error'], 2)}, "
         detail = f"{error}median {number(found['kl_median'], 2)}, 99{SPACE}% below {number(found['kl_p99'], 2)}"
-        tiles.append(_tile("Mean KL", f'{number(found["kl_mean"])} <span class="unit">nats</span>', detail))
+        tiles.append(_tile("Mean KL, nats", number(found["kl_mean"]), detail))
         tiles.append(_tile("Top-1 agreement", share(found["top1"]), f"of {count(found['positions'])} positions"))
     stored = sizes["file_bytes"] or sizes["bytes"]
     part = f"{share(stored / max(sizes['bytes_16bit'], 1))} of the {size(sizes['bytes_16bit'])} in 16 bits"
     tiles.append(_tile("Weight files" if sizes["file_bytes"] else "Weights", size(stored), part))
     bits = number(sizes["block_bits_per_weight"])
-    tiles.append(_tile("Bits per weight, in blocks", bits, f"{number(sizes['bits_per_weight'])} over all weights"))
+    tiles.append(_tile("Bits per weight", bits, f"in blocks; {number(sizes['bits_per_weight'])} over all"))
     return f'<dl class="tiles">\n{"".join(tiles)}</dl>'
 
 

@@ -101,7 +101,7 @@ def curve(title: str, values: Sequence[float], width: int = 150, height: int = 5
     places = [(index * step, height - 2 - (height - 6) * value / top) for index, value in enumerate(values)]
     path = " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
     base = f'<line class="axis" x1="0" y1="{height - 1}" x2="{width}" y2="{height - 1}"/>'
-    return _svg(title, width, height, [base, f'<polyline class="line two" points="{path}"/>'])
+    return _svg(title, width, height, [base, f'<polyline class="line two" points="{path}"/>'], stretched=True)
 
 
 def layer_map(
@@ -111,7 +111,7 @@ def layer_map(
     values: Mapping[tuple[str, int], float],
     words: Callable[[float], str],
 ) -> str:
-    """Returns a map with a row for each kind of layer and a column for each block, the larger the darker.
+    """Returns a map with a row for each kind of layer and a column for each block, the larger the stronger.
 
     Args:
         values: kind and number of the block -> positive value; shades are logarithmic between the extremes.

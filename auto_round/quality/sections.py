@@ -91,8 +91,8 @@ def layer_errors(record: Record) -> str:
     low, high = min(values.values()), max(values.values())
     what = "weighted by the squares of the layer's inputs" if weighted else "not weighted, as no text was run"
     return (
-        f"<h2>Error of layers</h2>\n<p>Squared error of each weight, relative, {what}. Palest {number(low, 2)}, "
-        f"darkest {number(high, 2)}; experts of a list are averaged.</p>\n{_figure(plot)}"
+        f"<h2>Error of layers</h2>\n<p>Squared error of each weight, relative, {what}. Faintest {number(low, 2)}, "
+        f"strongest {number(high, 2)}; experts of a list are averaged.</p>\n{_figure(plot)}"
     )
 
 
@@ -161,7 +161,7 @@ def _bits_map(record: Record) -> str:
     names = [block["name"] for block in record["blocks"]]
     plot = layer_map("Bits per weight of each layer by block", kinds, names, values, lambda bits: f"{bits:.2f} bits")
     low, high = min(values.values()), max(values.values())
-    told = f"Palest {low:.2f} bits per weight, darkest {high:.2f}."
+    told = f"Faintest {low:.2f} bits per weight, strongest {high:.2f}."
     return f'<h3>Bits by layer</h3><p class="note">{told}</p>{_figure(plot)}'
 
 

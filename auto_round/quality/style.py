@@ -22,7 +22,7 @@ body {
   font: 16px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, "Liberation Sans", Arial, sans-serif;
   -webkit-text-size-adjust: 100%;
 }
-main { max-width: 60rem; margin: 0 auto; padding: 2.25rem 1.25rem 3rem; }
+main { max-width: 56rem; margin: 0 auto; padding: 2.25rem 1.25rem 3rem; }
 h1 { font-size: 1.7rem; line-height: 1.2; margin: 0; letter-spacing: -.01em; overflow-wrap: anywhere; }
 h2 { font-size: 1.15rem; line-height: 1.3; margin: 2.6rem 0 .35rem; }
 h3 { font-size: .92rem; margin: 1.5rem 0 .2rem; font-weight: 600; }
@@ -33,20 +33,19 @@ p { margin: .35rem 0 .8rem; max-width: 46rem; }
 .note { color: var(--muted); font-size: .88rem; }
 .missing { background: var(--warn-back); color: var(--warn); padding: .65rem .9rem; border-radius: 6px;
   max-width: none; }
-.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(8.7rem, 1fr)); gap: .75rem; margin: 0; }
+.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(8.4rem, 1fr)); gap: .55rem; margin: 0; }
 .tile.wide { grid-column: span 2; }
-.tile { background: var(--panel); border: 1px solid var(--rule); border-radius: 8px; padding: .75rem .9rem; }
-.tile dt { color: var(--muted); font-size: .82rem; }
+.tile { background: var(--panel); border: 1px solid var(--rule); border-radius: 8px; padding: .7rem .75rem; }
+.tile dt { color: var(--muted); font-size: .8rem; }
 .tile dd { margin: 0; }
-.tile .value { font-size: 1.4rem; line-height: 1.35; font-weight: 600; letter-spacing: -.01em;
+.tile .value { font-size: 1.32rem; line-height: 1.35; font-weight: 600; letter-spacing: -.01em;
   font-variant-numeric: tabular-nums; white-space: nowrap; }
 .tile .detail { color: var(--muted); font-size: .82rem; line-height: 1.4; }
-.unit { font-size: .9rem; font-weight: 400; color: var(--muted); }
 .arrow { color: var(--muted); font-weight: 400; padding: 0 .12em; }
 figure { margin: .6rem 0 0; }
 .scroll { overflow-x: auto; }
 .scroll:focus-visible { outline: 2px solid var(--two); outline-offset: 2px; }
-figure svg { display: block; width: 100%; min-width: 33rem; height: auto; }
+figure svg { display: block; width: 100%; min-width: 37rem; height: auto; }
 figure.bar svg { min-width: 0; height: 26px; border-radius: 4px; }
 figure.bar figcaption { display: flex; justify-content: space-between; font-size: .85rem; margin: .7rem 0 .2rem; }
 .curves { display: grid; grid-template-columns: repeat(auto-fill, minmax(9rem, 1fr)); gap: 1rem 1.1rem;
@@ -57,10 +56,10 @@ figure.bar figcaption { display: flex; justify-content: space-between; font-size
   font-size: .85rem; }
 .key i { display: inline-block; width: .8em; height: .8em; border-radius: 2px; margin-right: .45em;
   vertical-align: -.06em; }
-text { font: 12px system-ui, -apple-system, "Segoe UI", Roboto, "Liberation Sans", Arial, sans-serif;
+text { font: 11px system-ui, -apple-system, "Segoe UI", Roboto, "Liberation Sans", Arial, sans-serif;
   fill: var(--muted); font-variant-numeric: tabular-nums; }
 text.label, text.value { fill: var(--ink); }
-text.value { font-size: 11px; } text.value.on { fill: var(--page); }
+text.value { font-size: 10px; } text.value.on { fill: var(--page); }
 .grid { stroke: var(--grid); } .axis { stroke: var(--rule); }
 .line { fill: none; stroke-width: 1.8; stroke-linejoin: round; vector-effect: non-scaling-stroke; }
 .line.one { stroke: var(--one); } .line.two { stroke: var(--two); } .line.three { stroke: var(--three); }
@@ -82,7 +81,7 @@ th, td { padding: .3rem .8rem .3rem 0; text-align: right; white-space: nowrap; b
 th { font-weight: 600; color: var(--muted); }
 th.text, td.text, tbody th { text-align: left; }
 tbody th { font-weight: 400; color: var(--ink); }
-td.wrap { white-space: normal; min-width: 12rem; }
+td.wrap { white-space: normal; min-width: 9rem; }
 .means dt { font-weight: 600; font-size: .9rem; margin-top: .7rem; }
 .means dd { margin: 0; color: var(--muted); font-size: .9rem; max-width: 46rem; }
 code { font: .88em ui-monospace, SFMono-Regular, Menlo, Consolas, "Liberation Mono", monospace; }

@@ -40,13 +40,13 @@ class Finished:
 def finish(make_model: Callable[..., Any], token_ids: Callable[..., torch.Tensor], tmp_path: Path) -> Callable:
     """Returns finish(kind, **options) -> Finished; eight of 20 rows of tokens calibrate, 12 are held out."""
 
-    def run(kind: str = "llama", model: Any = None, **options: Any) -> Finished:
+    def run(kind: str = "llama", model: Any = None, tokenizer: Any = None, **options: Any) -> Finished:
         model = make_model(kind) if model is None else model
         dataset = options.pop("dataset", list(token_ids(20, 16)))
         config = RunConfig.from_options(
             model=model, output_dir=str(tmp_path), **{**FAST, "dataset": dataset, **options}
         )
-        session = open_session(config)
+        session = open_session(config, tokenizer=tokenizer)
         return Finished(model, session, pipeline.quantize(session, tmp_path / "work"))
 
     return run
