@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
 
 from auto_round import pipeline
 from auto_round.calibration import CalibrationSet
@@ -33,7 +32,7 @@ class Finished:
         """Returns the quantized model as Transformers loads it, its weights dequantized."""
         folder = self.store.folder.parent / "dequantized"
         pipeline.write(self.session, FormatTarget(EXPORTERS["fake"], folder), self.store)
-        return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        return type(self.model).from_pretrained(folder, dtype=torch.float32).eval()
 
 
 @pytest.fixture

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
+from vision_families import FAMILIES, ORDINARY
 
 from auto_round import pipeline
 from auto_round.blocks import BlockStream
@@ -97,6 +98,19 @@ def test_a_quantized_embedding_is_what_the_quantized_model_reads(finish, token_i
         assert getattr(found.predictions, name) == pytest.approx(value, **CLOSE), name
     blocks = list(found.blocks.values())
     assert blocks[0].own < blocks[0].output  # the embedding's error comes on top
+
+
+@pytest.mark.parametrize("kind", ["qwen2_5_vl", "qwen3_vl", "llava", "gemma3", "mllama"])
+def test_vision_language_models_are_measured_on_text(kind, finish):
+    if not FAMILIES[kind].is_there:
+        pytest.skip(f"this Transformers has no {FAMILIES[kind].architecture}")
+    rows = torch.randint(2, ORDINARY, (20, 16), generator=torch.Generator().manual_seed(0))
+    finished = finish(model=FAMILIES[kind].model(), dataset=list(rows))
+    found = pipeline.measure_quality(finished.session, finished.store)
+    assert found.missing == ()
+    samples, _ = stored_samples(finished.store)
+    for name, value in direct(finished, samples).items():
+        assert getattr(found.predictions, name) == pytest.approx(value, **CLOSE), name
 
 
 def test_padding_does_not_count(finish, padded):
