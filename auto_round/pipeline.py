@@ -201,10 +201,9 @@ def _pass_block(
     """Quantizes one group of blocks, or takes its result from the store, and moves the activations past it."""
     block, name = stream.load(index), session.plan.groups[index][0]
     done = store.has(name)
-    assert stream.original is not None
-    targets_NTH = stream.run(block, stream.original) if tuner.needs_targets or not last else None
-    if not tuner.needs_original_inputs:
-        stream.forget_original()
+    targets_NTH = None
+    if tuner.needs_targets or not last:
+        targets_NTH = stream.targets(block, keeps_inputs=tuner.needs_original_inputs)
     result = store.load(name) if done else _tune_block(session, stream, block, targets_NTH)
     if not done:
         result = _with_cache_scales(session, stream, block, result)
