@@ -45,6 +45,8 @@ from auto_round.errors import CalibrationError, UnsupportedError
 from auto_round.models.base import has_tied_head, head_name
 from auto_round.skeleton import outside_tensors, with_padded_row
 
+PAGE_BYTES = 4096
+
 
 class BlockStream:
     """Walks the blocks of a model with two chains of activations: original, and as the quantized blocks give them.
@@ -55,7 +57,7 @@ class BlockStream:
         data: calibration samples.
         device, dtype: where and in what precision blocks run.
         storage: device that the chains are kept on.
-        batch_size: samples of one forward pass.
+        batch_size: samples of one forward pass, unless `micro_batch` is set to a divisor of it.
         quantized_chain: keep the second chain; else blocks are tuned on original inputs.
         watched: weights outside the blocks whose input channels are measured; `channel_means` has them then.
         shows_all_experts: as in `Block`.
@@ -79,7 +81,7 @@ class BlockStream:
     ) -> None:
         self.source, self.groups, self.data = source, groups, data
         self.device, self.dtype, self.storage = device, dtype, storage
-        self.batch_size, self.quantized_chain = batch_size, quantized_chain
+        self.batch_size, self.micro_batch, self.quantized_chain = batch_size, batch_size, quantized_chain
         self.channel_means: dict[str, Tensor] = {}
         self.shows_all_experts = shows_all_experts
         self._skeleton = self._load_skeleton()
@@ -97,19 +99,58 @@ class BlockStream:
         assert self.original is not None
         self.quantized = self.original
 
-    def load(self, index: int) -> Block:
-        """Returns one group of blocks, its tensors on the compute device."""
-        names = self.groups[index]
+    def read(self, index: int) -> dict[str, Tensor]:
+        """Returns the tensors of one group of blocks from where they are stored, in host memory.
+
+        May run beside everything but passes of the whole model, which put stand-ins in the blocks' places.
+        """
         stored: dict[str, Tensor] = {}
-        for name in names:
+        for name in self.groups[index]:
             stored.update(self.source.tensors(name))
+        for tensor in stored.values():
+            if tensor.device.type == "cpu" and tensor.is_contiguous():
+                # Files are mapped: a look at each page makes the system read it now.
+                tensor.detach().reshape(-1).view(torch.uint8)[::PAGE_BYTES].sum()
+        return stored
+
+    def load(self, index: int, stored: Mapping[str, Tensor] | None = None) -> Block:
+        """Returns one group of blocks, its tensors on the compute device.
+
+        Args:
+            stored: what `read` gave, if it has been called already.
+        """
+        names, stored = self.groups[index], self.read(index) if stored is None else stored
         modules = tuple(self.source.model.get_submodule(name) for name in names)
         tensors = {key: tensor.to(self.device) for key, tensor in stored.items()}
         calls = tuple(self._calls[name] for name in names)
         return Block(names, modules, calls, tensors, self.device, self.dtype, shows_all_experts=self.shows_all_experts)
 
+    def keep_on(self, storage: torch.device) -> None:
+        """Moves the chains to where they are kept from now on."""
+        if storage == self.storage:
+            return
+        self.storage = storage
+        is_one = self.original is self.quantized
+        self.quantized = self.stored(self.quantized)
+        if self.original is not None:
+            self.original = self.quantized if is_one else self.stored(self.original)
+
+    def stored(self, chain_NTH: Tensor) -> Tensor:
+        """Returns activations where the chains are kept."""
+        if chain_NTH.device.type == self.storage.type:
+            return chain_NTH
+        return empty_near(self.device, self.storage, chain_NTH.shape, chain_NTH.dtype).copy_(chain_NTH)
+
+    def passes(self) -> list[slice]:
+        """Returns the samples of each forward pass: batches, or parts of them if `micro_batch` is smaller."""
+        return [part for piece in self.batches() for part in self._parts(piece)]
+
+    def _parts(self, piece: slice) -> list[slice]:
+        starts = range(piece.start, piece.stop, self.micro_batch)
+        return [slice(start, min(start + self.micro_batch, piece.stop)) for start in starts]
+
     def batches(self) -> list[slice]:
-        """Returns the samples of each forward pass; fixed, so that results do not depend on ranks or resuming."""
+        """Returns the samples that ranks take in turn; fixed, so that results do not depend on ranks or resuming."""
         count = len(self.data)
         return [slice(start, min(start + self.batch_size, count)) for start in range(0, count, self.batch_size)]
 
@@ -153,10 +194,11 @@ class BlockStream:
         finite_N: Tensor,
     ) -> None:
         """Writes the outputs of one batch, and whether each sample's are finite: a pass over all would take more."""
-        samples = torch.arange(piece.start, piece.stop)
-        found = block.forward(inputs_NTH[piece].to(self.device), samples, replaced)
-        finite_N[piece] = torch.isfinite(found).flatten(1).all(1)
-        outputs_NTH[piece].copy_(found, non_blocking=True)
+        for part in self._parts(piece):
+            samples = torch.arange(part.start, part.stop)
+            found = block.forward(inputs_NTH[part].to(self.device), samples, replaced)
+            finite_N[part] = torch.isfinite(found).flatten(1).all(1)
+            outputs_NTH[part].copy_(found, non_blocking=True)
 
     def targets(self, block: Block, *, keeps_inputs: bool) -> Tensor:
         """Returns the original outputs of a block.

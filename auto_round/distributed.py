@@ -49,6 +49,15 @@ def sum_over_ranks(tensor: Tensor) -> Tensor:
     return tensor
 
 
+def largest(value: int) -> int:
+    """Returns the largest of all ranks' values."""
+    if world_size() == 1:
+        return value
+    values: list[int] = [0] * world_size()
+    dist.all_gather_object(values, value)
+    return max(values)
+
+
 def all_of(flags: Tensor) -> Tensor:
     """Returns which flags are set on all ranks, bool; the tensor itself without others."""
     if world_size() == 1:

@@ -139,8 +139,8 @@ class _BlockRun:
         called one by one would be compiled one by one.
         """
         block, asked = self.task.block, self.config.enable_torch_compile
-        if asked is not None:
-            return asked
+        if asked is not None or block.recomputes:
+            return bool(asked) and not block.recomputes
         return block.device.type == "cuda" and not self._may_be_captured() and not block.experts()
 
     def step(self, samples: Tensor) -> None:
