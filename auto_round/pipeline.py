@@ -122,8 +122,7 @@ def quantize(session: Session, work: Path) -> RunStore:
             _tune_everything(session, store, data)
         distributed.barrier()
         if data is not None and config.end_to_end.e2e_steps:
-            budget = MemoryBudget(config, compute_device(config.device), chains=2)
-            opened = functools.partial(_open_stream, session, data, quantized_chain=False, budget=budget)
+            opened = functools.partial(_open_stream, session, data, quantized_chain=False)
             end_to_end.tune_scales(plan, store, config, opened, seed=block_seed(config.tune.seed, "end_to_end"))
     assert all(store.has(group[0]) for group in plan.groups), source
     return store
@@ -272,12 +271,15 @@ def _tune_within_memory(walk: _Walk, block: Block, targets_NTH: Tensor | None, c
     raise AssertionError
 
 
-def _open_stream(session: Session, data: CalibrationSet, *, quantized_chain: bool, budget: MemoryBudget) -> BlockStream:
+def _open_stream(
+    session: Session, data: CalibrationSet, *, quantized_chain: bool, budget: MemoryBudget | None = None
+) -> BlockStream:
     config = session.config
     device = compute_device(config.device)
     stored = next((p.dtype for p in session.source.model.parameters() if p.is_floating_point()), torch.float32)
     dtype = compute_dtype(device, stored, amp=config.tune.amp)
     hidden = session.plan.entries[0].layer.shape[1]
+    budget = MemoryBudget(config, device, chains=2) if budget is None else budget
     on_host = budget.starts_on_host(data.input_ids.numel() * hidden * dtype.itemsize)
     return BlockStream(
         session.source,
