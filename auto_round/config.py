@@ -128,7 +128,9 @@ class TuneConfig:
         None, "tune clip ranges (default: of integers, where it helps)", off="--disable_minmax_tuning"
     )
     enable_norm_bias_tuning: bool = option(False, "tune norm weights and biases of blocks too")
-    enable_alg_ext: bool = option(False, "curvature-corrected sign steps: better at 2 to 4 bits")
+    enable_alg_ext: bool | None = option(
+        None, "steps see the curvature of each weight (default: sign steps do)", off="--disable_alg_ext"
+    )
     not_use_best_mse: bool = option(
         True, "keep the last step; off: the one with the least loss on its own samples", off="--use_best_mse"
     )
@@ -172,6 +174,11 @@ class TuneConfig:
     def clip_step(self) -> float:
         """First step of the clip factors."""
         return self.minmax_lr if self.minmax_lr is not None else self.rounding_step
+
+    @property
+    def uses_curvature(self) -> bool:
+        """Whether steps see the curvature of each weight."""
+        return not self.adam if self.enable_alg_ext is None else self.enable_alg_ext
 
     @property
     def needs_calibration(self) -> bool:

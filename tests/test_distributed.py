@@ -58,7 +58,7 @@ TWO_TERMS = {"iters": 4, "batch_size": 2, "gradient_accumulate_steps": 2, "group
 CASES = {
     "plain": {},
     "asym": {"sym": False},
-    "alg_ext": {"enable_alg_ext": True},
+    "paper": {"enable_alg_ext": False},
     "adam": {"adam": True},
     "norms-and-head": {"enable_norm_bias_tuning": True, "quant_lm_head": True},
     "one-rank-idle": {"batch_size": 1, "gradient_accumulate_steps": 1},
