@@ -49,14 +49,11 @@ class FusedFloat:
         self, gradient_OI: Tensor, decay: Tensor, rounding_size: float, clip_size: float, unit: float = 1.0
     ) -> None:
         """Moves offsets in one pass; where clip factors move, they take a second one."""
-        gradient = gradient_OI.contiguous()
-        if clip_size == 0:
-            self._launch(gradient, decay, rounding_size, unit)
-            return
-        by_scale = self.scale.new_empty(self.weight.shape[0], self.runs)
-        self._launch(gradient, decay, rounding_size, unit, by_scale)
-        self._move_factors(by_scale, decay * clip_size)
-        self._launch()
+        by_scale = self.scale.new_empty(self.weight.shape[0], self.runs) if clip_size > 0 else None
+        self._launch(gradient_OI.contiguous(), decay, rounding_size, unit, by_scale)
+        if by_scale is not None:
+            self._move_factors(by_scale, decay * clip_size)
+            self._launch()
 
     def _scale(self, factors: Tensor) -> Tensor:
         tuned = self.tuned

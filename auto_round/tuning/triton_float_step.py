@@ -25,19 +25,19 @@ def power_of_two(exponent):
 
 
 @triton.jit
-def spacing(x, FRACTION_BITS: tl.constexpr, MIN_EXPONENT: tl.constexpr, MAX_EXPONENT: tl.constexpr):
+def spacing_exponent(x, FRACTION_BITS: tl.constexpr, MIN_EXPONENT: tl.constexpr, MAX_EXPONENT: tl.constexpr):
     """Returns the int32 exponent of the distance between neighbouring numbers of an element around x."""
     exponent = (tl.abs(x).to(tl.int32, bitcast=True) >> 23) - 127
     return tl.minimum(tl.maximum(exponent, MIN_EXPONENT), MAX_EXPONENT) - FRACTION_BITS
 
 
 @triton.jit
-def element(
+def to_element(
     x, LARGEST: tl.constexpr, FRACTION_BITS: tl.constexpr, MIN_EXPONENT: tl.constexpr, MAX_EXPONENT: tl.constexpr
 ):
     """Returns the nearest number of an element, ties to even, the largest one at most."""
     held = tl.minimum(tl.maximum(x, -LARGEST), LARGEST)
-    step = spacing(held, FRACTION_BITS, MIN_EXPONENT, MAX_EXPONENT)
+    step = spacing_exponent(held, FRACTION_BITS, MIN_EXPONENT, MAX_EXPONENT)
     return nearest_integer(held * power_of_two(-step)) * power_of_two(step)
 
 
@@ -76,12 +76,12 @@ def float_step_kernel(
     if COUNTS_SCALES:
         exponent = tl.zeros_like(ratio).to(tl.int32)
     else:
-        exponent = spacing(ratio, FRACTION_BITS, MIN_EXPONENT, MAX_EXPONENT)
+        exponent = spacing_exponent(ratio, FRACTION_BITS, MIN_EXPONENT, MAX_EXPONENT)
     offset_unit = power_of_two(exponent)
     if gradient is not None:
         g = tl.load(gradient + place, mask=inside, other=0.0).to(tl.float32) * unit
         latent = ratio + v * offset_unit
-        level = element(latent, LARGEST, FRACTION_BITS, MIN_EXPONENT, MAX_EXPONENT)
+        level = to_element(latent, LARGEST, FRACTION_BITS, MIN_EXPONENT, MAX_EXPONENT)
         is_free = tl.abs(latent) <= LARGEST
         by_rounding = g * s * offset_unit
         if outputs is not None:
@@ -93,5 +93,5 @@ def float_step_kernel(
         if by_scale is not None:
             tl.store(by_scale + n, tl.sum(g * (level - tl.where(is_free, ratio, 0.0)), 1), mask=is_run)
     if by_scale is None:
-        level = element(ratio + v * offset_unit, LARGEST, FRACTION_BITS, MIN_EXPONENT, MAX_EXPONENT)
+        level = to_element(ratio + v * offset_unit, LARGEST, FRACTION_BITS, MIN_EXPONENT, MAX_EXPONENT)
         tl.store(dequantized + place, (s * level).to(dequantized.dtype.element_ty), mask=inside)

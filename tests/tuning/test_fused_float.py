@@ -20,9 +20,9 @@ needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CU
 SCHEMES = ("MXFP4", "MXFP6", "MXFP8", "MXINT4", "MXINT8", "NVFP4", "FPW8A16", "FP8_BLOCK")
 RUNS = [
     ("MXFP4", {}),
-    ("MXFP8", {"enable_minmax_tuning": True}),
-    ("NVFP4", {"enable_alg_ext": True}),
-    ("FP8_BLOCK", {"enable_minmax_tuning": True, "enable_alg_ext": True}),
+    ("MXFP8", {"enable_minmax_tuning": True, "enable_alg_ext": False}),
+    ("NVFP4", {"enable_alg_ext": False}),
+    ("FP8_BLOCK", {"enable_minmax_tuning": True}),
 ]
 
 

@@ -20,7 +20,7 @@ pytest.importorskip("triton")
 import triton
 from triton import language as tl
 
-from auto_round.tuning.triton_float_step import element, float_step_kernel
+from auto_round.tuning.triton_float_step import float_step_kernel, to_element
 
 KINDS = list(dict.fromkeys(ELEMENTS.values()))
 IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -91,7 +91,7 @@ if IS_INTERPRETED:
         MAX_EXPONENT: tl.constexpr, SIZE: tl.constexpr,
     ):  # fmt: skip
         n = tl.program_id(0) * SIZE + tl.arange(0, SIZE)
-        value = element(tl.load(x + n, mask=n < count), LARGEST, FRACTION_BITS, MIN_EXPONENT, MAX_EXPONENT)
+        value = to_element(tl.load(x + n, mask=n < count), LARGEST, FRACTION_BITS, MIN_EXPONENT, MAX_EXPONENT)
         tl.store(rounded + n, value, mask=n < count)
 
     @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
@@ -140,6 +140,21 @@ if IS_INTERPRETED:
         FusedFloat(tuned, torch.float32).move(torch.zeros(tuned.weight.shape), torch.tensor(1.0), 0.1, 0.1)
         assert all(torch.equal(tensor, before[name]) for name, tensor in tuned.params.items())
 
+    @pytest.mark.parametrize("name", ["MXFP4", "MXFP6", "MXFP8", "MXINT4", "MXINT8", "NVFP4"])
+    def test_weights_at_the_end_of_the_grid_move_those_beyond_do_not(name):
+        scheme = PRESET_SCHEMES[name]
+        end = ELEMENTS[scheme.data_type, scheme.bits].largest
+        tuned = make_weight(scheme, torch.float32, (6, 32))
+        for value in (tuned.params["max_scale"], *tuned.range_.values()):
+            value.fill_(1.0)
+        tuned.params["rounding"].zero_()
+        beyond = float(torch.nextafter(torch.tensor(end), torch.tensor(torch.inf)))
+        tuned.weight.copy_(torch.tensor([0.0, end, -end, beyond, -beyond, end / 2])[:, None])
+        fused = FusedFloat(tuned, torch.float32)
+        fused.move(torch.ones(6, 32), torch.tensor(1.0), 0.25, 0.0)
+        moved = tuned.params["rounding"].flatten(1)
+        assert torch.equal(moved, torch.tensor([-0.25, -0.25, -0.25, 0, 0, -0.25])[:, None].expand(6, 32))
+
     def test_the_cases_are_of_every_element_and_saturate():
         assert {(case[0].data_type, case[0].bits) for case in CASES.values()} == set(ELEMENTS)
         for scheme, dtype, _, shape in CASES.values():
@@ -150,26 +165,38 @@ if IS_INTERPRETED:
 else:
 
     def test_the_kernel_is_right_in_the_interpreter(run_interpreted):
-        assert run_interpreted(__file__) == len(KINDS) + 4 * len(CASES) + 2
+        assert run_interpreted(__file__) == len(KINDS) + 4 * len(CASES) + 8
 
     @pytest.mark.parametrize("is_curved", [False, True], ids=["plain", "curved"])
     @pytest.mark.parametrize(
-        "left_out", [("by_scale",), ("gradient", "decay", "by_scale"), ()], ids=["step", "write", "clips"]
+        "left_out",
+        [("by_scale",), ("gradient", "decay", "by_scale"), ()],
+        ids=["step", "write", "clips"],
     )
-    @pytest.mark.parametrize("scheme", [PRESET_SCHEMES["NVFP4"], PRESET_SCHEMES["MXFP8"]], ids=["nvfp4", "mxfp8"])
-    def test_it_compiles_for_a_gpu_to_the_arithmetic_of_autograd(scheme, left_out, is_curved, ptx_for_hopper):
+    @pytest.mark.parametrize(
+        ("scheme", "ones"),
+        # Numbers that are 1 become constants when a kernel is launched: here rows of one group.
+        [
+            (PRESET_SCHEMES["NVFP4"], ()),
+            (PRESET_SCHEMES["MXFP8"], ()),
+            (FP8.replace(group_size=64), ("runs", "groups")),
+        ],
+        ids=["nvfp4", "mxfp8", "fp8-row"],
+    )
+    def test_it_compiles_for_a_gpu_to_the_arithmetic_of_autograd(scheme, ones, left_out, is_curved, ptx_for_hopper):
         kind = ELEMENTS[scheme.data_type, scheme.bits]
         left_out += () if is_curved else ("outputs", "inputs")
         ptx = ptx_for_hopper(
             float_step_kernel,
-            {"weight": "*bf16", "gradient": "*bf16", "rounding": "*fp32", "scale": "*fp32", "outputs": "*fp32"}
-            | {"inputs": "*fp32", "decay": "*fp32", "by_scale": "*fp32", "dequantized": "*bf16"}
+            dict.fromkeys(("weight", "gradient", "dequantized"), "*bf16")
+            | dict.fromkeys(("rounding", "scale", "outputs", "inputs", "decay", "by_scale"), "*fp32")
             | dict.fromkeys(("count", "runs", "width", "group", "groups"), "i32")
             | dict.fromkeys(("unit", "rounding_size", "reach", "share"), "fp32"),
             {"LARGEST": kind.largest, "FRACTION_BITS": kind.fraction_bits, "MIN_EXPONENT": kind.min_exponent}
             | {"MAX_EXPONENT": kind.max_exponent, "COUNTS_SCALES": kind.offsets_count_scales}
             | {"K": scheme.group_size, "WIDE": scheme.group_size, "ROWS": PROGRAM_ELEMENTS // scheme.group_size}
-            | dict.fromkeys(left_out),
+            | dict.fromkeys(left_out)
+            | dict.fromkeys(ones, 1),
         )
         assert "div.rn.f32" in ptx
         assert "fma" not in ptx
