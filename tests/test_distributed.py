@@ -54,7 +54,10 @@ print(json.dumps({"size": size, "rank": rank, "written": written}))
 """
 # Two samples a micro-batch and two micro-batches a step: one process adds the terms that two ranks have one of each,
 # and a sum of two float32 terms does not depend on their order. So everything must be the same bits.
-TWO_TERMS = {"iters": 4, "batch_size": 2, "gradient_accumulate_steps": 2, "group_size": 32, "bits": 2, "device": "cpu"}
+TWO_TERMS = {
+    "iters": 4, "batch_size": 2, "gradient_accumulate_steps": 2, "group_size": 32, "bits": 2, "device": "cpu",
+    "e2e_steps": 0,
+}  # fmt: skip
 CASES = {
     "plain": {},
     "asym": {"sym": False},
