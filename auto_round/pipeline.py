@@ -113,7 +113,8 @@ def quantize(session: Session, work: Path) -> RunStore:
     for warning in plan.warnings:
         logger.warning("%s", warning)
     needs_calibration = plan.needs_calibration or (config.tune.needs_calibration and bool(plan.quantized()))
-    data = load_data(session) if needs_calibration or config.end_to_end.e2e_steps else None
+    steps = end_to_end.steps_of(config, plan)
+    data = load_data(session) if needs_calibration or steps else None
     store = _open_store(work, session, data)
     with repeatable_kernels():
         if data is None or not needs_calibration:
@@ -121,9 +122,10 @@ def quantize(session: Session, work: Path) -> RunStore:
         else:
             _tune_everything(session, store, data)
         distributed.barrier()
-        if data is not None and config.end_to_end.e2e_steps:
+        if data is not None and steps:
             opened = functools.partial(_open_stream, session, data, quantized_chain=False)
-            end_to_end.tune_scales(plan, store, config, opened, seed=block_seed(config.tune.seed, "end_to_end"))
+            seed = block_seed(config.tune.seed, "end_to_end")
+            end_to_end.tune_scales(plan, store, config, opened, steps=steps, seed=seed)
     assert all(store.has(group[0]) for group in plan.groups), source
     return store
 
@@ -183,10 +185,10 @@ def _tune_everything(session: Session, store: RunStore, data: CalibrationSet) ->
     if all(store.has(group[0]) for group in plan.groups) and not outside_left:
         return
     tuner = tuner_for(config.tune)
-    budget = MemoryBudget(config, compute_device(config.device), chains=3 if tuner.needs_original_inputs else 2)
-    stream = _open_stream(
-        session, data, quantized_chain=config.tune.enable_quanted_input and tuner.needs_targets, budget=budget
-    )
+    has_two = config.tune.enable_quanted_input and tuner.needs_targets
+    chains = 3 if has_two and tuner.needs_original_inputs else 2
+    budget = MemoryBudget(config, compute_device(config.device), chains)
+    stream = _open_stream(session, data, quantized_chain=has_two, budget=budget)
     end_to_end.check_stream(stream, config)
     with Background() as reader, Background() as writer:
         walk = _Walk(session, store, stream, tuner, budget, Progress(len(plan.groups)), reader, writer)

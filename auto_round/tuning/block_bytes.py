@@ -20,6 +20,7 @@ from auto_round.config import TuneConfig
 from auto_round.device import runs_triton
 from auto_round.memory import LiveBytes
 from auto_round.schemes import QuantizationScheme
+from auto_round.tuning.fused_step import FUSED_WEIGHTS
 from auto_round.tuning.squared_error import squared_error
 from auto_round.tuning.statistics import channel_importance, group_products, output_sensitivity
 from auto_round.tuning.tuned_weight import PIECE_ELEMENTS
@@ -142,7 +143,7 @@ def measured_passes(
             group_products(block, sample_1TH, one, schemes)
     forward = live.peak
     steps = config.iters > 0 and bool(schemes)
-    if steps and config.enable_alg_ext:
+    if steps and config.uses_curvature:
         with LiveBytes() as live:
             output_sensitivity(block, sample_1TH, one, list(schemes), torch.Generator().manual_seed(0))
         forward = max(forward, live.peak)
@@ -179,11 +180,11 @@ def weight_bytes(block: Block, schemes: Mapping[str, QuantizationScheme], config
     if config.iters == 0:
         # Results stay until the block is done: a byte a weight.
         return {"tuned": count + _group_bytes(sizes, schemes), "gradients": 0, "sums": 0, **_pieces(block, largest, 0)}
-    keeps_best = (not config.not_use_best_mse or config.dynamic_max_gap > 0) and not config.enable_alg_ext
+    keeps_best = not config.not_use_best_mse or config.dynamic_max_gap > 0
     of_weight = 4 + block.dtype.itemsize + keeps_best + (12 if config.adam else 0)
     summed = config.adam or distributed.world_size() > 1
     gradients = 4 * count if summed else block.dtype.itemsize * count
-    fused = all(scheme.data_type == "int" for scheme in schemes.values()) and not config.adam
+    fused = all(scheme.data_type in FUSED_WEIGHTS for scheme in schemes.values()) and not config.adam
     fused = fused and all(runs_triton(block.tensors[name]) for name in schemes)
     return {
         "tuned": of_weight * count + _group_bytes(sizes, schemes),
