@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.utils.checkpoint import checkpoint
 
 from auto_round.calls import BlockCalls, moved_to
 from auto_round.models.experts import LinearExperts
@@ -33,6 +34,7 @@ class Block:
             that are not replaced, so that no second copy of the weights stays while they are tuned.
         input_quantizers: full weight name -> what its layer's input passes through first; empty for 16 bits.
         shows_all_experts: statistics see all tokens at each expert, also those that are routed to others.
+        recomputes: attention and MLP keep nothing for the backward pass and run again for it, one after the other.
     """
 
     names: tuple[str, ...]
@@ -43,6 +45,7 @@ class Block:
     dtype: torch.dtype
     input_quantizers: Mapping[str, InputQuantizer] = dataclasses.field(default_factory=dict)
     shows_all_experts: bool = False
+    recomputes: bool = False
 
     @property
     def name(self) -> str:
@@ -79,7 +82,7 @@ class Block:
             state.update({k[len(dot) :]: t for k, t in replaced.items() if k.startswith(dot)})
             args, kwargs = calls.for_samples(samples, self.device, self.dtype)
             kwargs = {**kwargs, **(arguments or {})}
-            with self._quantized_inputs():
+            with self._quantized_inputs(), self._recomputed_parts(module):
                 output = call(module, state, (hidden_NTH, *args), kwargs)
             hidden_NTH = output[0] if isinstance(output, tuple) else output
         return hidden_NTH
@@ -118,6 +121,37 @@ class Block:
         finally:
             for handle in handles:
                 handle.remove()
+
+    @contextlib.contextmanager
+    def _recomputed_parts(self, module: nn.Module) -> Iterator[None]:
+        """Makes the parts of a module that hold several layers forget, for the time of one forward pass."""
+        wanted = self.recomputes and torch.is_grad_enabled()
+        parts = [part for part in module.children() if any(True for _ in part.children())] if wanted else []
+        try:
+            for part in parts:
+                part.__dict__["forward"] = functools.partial(self._run_forgetfully, part)
+            yield
+        finally:
+            for part in parts:
+                part.__dict__.pop("forward", None)
+
+    def _run_forgetfully(self, part: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        """Runs a part with the tensors that it has now, also when it runs again in the backward pass."""
+        own = [*part.named_parameters(remove_duplicate=False), *part.named_buffers(remove_duplicate=False)]
+        state = dict(own)
+
+        def run(*args: Any, **kwargs: Any) -> Any:
+            stand_in = part.__dict__.pop("forward", None)
+            # The second time there is no stand-in, and the quantizers of its inputs are gone as well.
+            quantized = contextlib.nullcontext() if stand_in is not None else self._quantized_inputs()
+            try:
+                with quantized:
+                    return functional_call(part, state, args, kwargs)
+            finally:
+                if stand_in is not None:
+                    part.__dict__["forward"] = stand_in
+
+        return checkpoint(run, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
 
 
 def _pass_through(quantizer: InputQuantizer, _module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:

@@ -40,9 +40,12 @@ from auto_round.calls import (
 )
 from auto_round.channels import ChannelMeans
 from auto_round.checkpoint import WeightSource
+from auto_round.device import empty_near
 from auto_round.errors import CalibrationError, UnsupportedError
 from auto_round.models.base import has_tied_head, head_name
 from auto_round.skeleton import outside_tensors, with_padded_row
+
+PAGE_BYTES = 4096
 
 
 class BlockStream:
@@ -54,7 +57,7 @@ class BlockStream:
         data: calibration samples.
         device, dtype: where and in what precision blocks run.
         storage: device that the chains are kept on.
-        batch_size: samples of one forward pass.
+        batch_size: samples of one forward pass, unless `micro_batch` is set to a divisor of it.
         quantized_chain: keep the second chain; else blocks are tuned on original inputs.
         watched: weights outside the blocks whose input channels are measured; `channel_means` has them then.
         shows_all_experts: as in `Block`.
@@ -78,7 +81,7 @@ class BlockStream:
     ) -> None:
         self.source, self.groups, self.data = source, groups, data
         self.device, self.dtype, self.storage = device, dtype, storage
-        self.batch_size, self.quantized_chain = batch_size, quantized_chain
+        self.batch_size, self.micro_batch, self.quantized_chain = batch_size, batch_size, quantized_chain
         self.channel_means: dict[str, Tensor] = {}
         self.shows_all_experts = shows_all_experts
         self._skeleton = self._load_skeleton()
@@ -96,58 +99,130 @@ class BlockStream:
         assert self.original is not None
         self.quantized = self.original
 
-    def load(self, index: int) -> Block:
-        """Returns one group of blocks, its tensors on the compute device."""
-        names = self.groups[index]
+    def read(self, index: int) -> dict[str, Tensor]:
+        """Returns the tensors of one group of blocks from where they are stored, in host memory.
+
+        May run beside everything but passes of the whole model, which put stand-ins in the blocks' places.
+        """
         stored: dict[str, Tensor] = {}
-        for name in names:
+        for name in self.groups[index]:
             stored.update(self.source.tensors(name))
+        for tensor in stored.values():
+            if tensor.device.type == "cpu" and tensor.is_contiguous():
+                # Files are mapped: a look at each page makes the system read it now.
+                tensor.detach().reshape(-1).view(torch.uint8)[::PAGE_BYTES].sum()
+        return stored
+
+    def load(self, index: int, stored: Mapping[str, Tensor] | None = None) -> Block:
+        """Returns one group of blocks, its tensors on the compute device.
+
+        Args:
+            stored: what `read` gave, if it has been called already.
+        """
+        names, stored = self.groups[index], self.read(index) if stored is None else stored
         modules = tuple(self.source.model.get_submodule(name) for name in names)
         tensors = {key: tensor.to(self.device) for key, tensor in stored.items()}
         calls = tuple(self._calls[name] for name in names)
         return Block(names, modules, calls, tensors, self.device, self.dtype, shows_all_experts=self.shows_all_experts)
 
+    def keep_on(self, storage: torch.device) -> None:
+        """Moves the chains to where they are kept from now on."""
+        if storage == self.storage:
+            return
+        self.storage = storage
+        is_one = self.original is self.quantized
+        self.quantized = self.stored(self.quantized)
+        if self.original is not None:
+            self.original = self.quantized if is_one else self.stored(self.original)
+
+    def stored(self, chain_NTH: Tensor) -> Tensor:
+        """Returns activations where the chains are kept."""
+        if chain_NTH.device.type == self.storage.type:
+            return chain_NTH
+        return empty_near(self.device, self.storage, chain_NTH.shape, chain_NTH.dtype).copy_(chain_NTH)
+
+    def passes(self) -> list[slice]:
+        """Returns the samples of each forward pass: batches, or parts of them if `micro_batch` is smaller."""
+        return [part for piece in self.batches() for part in self._parts(piece)]
+
+    def _parts(self, piece: slice) -> list[slice]:
+        starts = range(piece.start, piece.stop, self.micro_batch)
+        return [slice(start, min(start + self.micro_batch, piece.stop)) for start in starts]
+
     def batches(self) -> list[slice]:
-        """Returns the samples of each forward pass; fixed, so that results do not depend on ranks or resuming."""
+        """Returns the samples that ranks take in turn; fixed, so that results do not depend on ranks or resuming."""
         count = len(self.data)
         return [slice(start, min(start + self.batch_size, count)) for start in range(0, count, self.batch_size)]
 
-    @torch.no_grad()
-    def run(self, block: Block, inputs_NTH: Tensor, replaced: Mapping[str, Tensor] | None = None) -> Tensor:
+    def run(
+        self,
+        block: Block,
+        inputs_NTH: Tensor,
+        replaced: Mapping[str, Tensor] | None = None,
+        *,
+        into: Tensor | None = None,
+    ) -> Tensor:
         """Returns the outputs of a block for all samples, on the storage device; ranks share the work.
 
+        Args:
+            into: takes the outputs; may be the inputs themselves, whose samples are read before they are overwritten.
         Raises:
             CalibrationError: an output is not finite; block and samples are named.
         """
-        outputs = torch.empty_like(inputs_NTH)
+        outputs = empty_near(self.device, self.storage, inputs_NTH.shape, inputs_NTH.dtype) if into is None else into
+        finite = torch.ones(len(inputs_NTH), dtype=torch.bool, device=self.device)
         pieces = self.batches()
-        for index, piece in enumerate(pieces):
-            if index % distributed.world_size() != distributed.rank():
-                continue
-            samples = torch.arange(piece.start, piece.stop)
-            outputs[piece] = block.forward(inputs_NTH[piece].to(self.device), samples, replaced).to(self.storage)
-        distributed.fill_from_owners(outputs, pieces)
-        if not torch.isfinite(outputs).all():
-            bad = (~torch.isfinite(outputs).flatten(1).all(1)).nonzero().flatten().tolist()
+        for piece in pieces[distributed.rank() :: distributed.world_size()]:
+            self._run_piece(block, piece, inputs_NTH, replaced, outputs, finite)
+        # Reading the flags waits for the device, so the copies to host memory are over, too.
+        bad = (~distributed.all_of(finite)).nonzero().flatten().tolist()
+        if bad:
             raise CalibrationError(
                 f"{block.name} gives values that are not finite for samples {bad[:5]}. The model overflows in "
                 f"{str(self.dtype).removeprefix('torch.')}: run with --disable_amp"
             )
-        return outputs
+        return distributed.fill_from_owners(outputs, pieces)
 
-    def forget_original(self) -> None:
-        """Lets go of the original chain, once a block's targets are known; `advance` goes on from these."""
-        if self.quantized_chain:
-            self.original = None
+    @torch.no_grad()
+    def _run_piece(
+        self,
+        block: Block,
+        piece: slice,
+        inputs_NTH: Tensor,
+        replaced: Mapping[str, Tensor] | None,
+        outputs_NTH: Tensor,
+        finite_N: Tensor,
+    ) -> None:
+        """Writes the outputs of one batch, and whether each sample's are finite: a pass over all would take more."""
+        for part in self._parts(piece):
+            samples = torch.arange(part.start, part.stop)
+            found = block.forward(inputs_NTH[part].to(self.device), samples, replaced)
+            finite_N[part] = torch.isfinite(found).flatten(1).all(1)
+            outputs_NTH[part].copy_(found, non_blocking=True)
+
+    def targets(self, block: Block, *, keeps_inputs: bool) -> Tensor:
+        """Returns the original outputs of a block.
+
+        Args:
+            keeps_inputs: the original inputs stay; else the outputs take their place if nothing else needs them.
+        """
+        assert self.original is not None
+        if keeps_inputs or not self.quantized_chain:
+            return self.run(block, self.original)
+        original, self.original = self.original, None
+        return self.run(block, original, into=None if original is self.quantized else original)
 
     def advance(self, block: Block, targets_NTH: Tensor, replaced: Mapping[str, Tensor]) -> None:
-        """Moves both chains past a finished block.
+        """Moves both chains past a finished block; its outputs overwrite the inputs that it was tuned on.
 
         Args:
             targets_NTH: the original outputs of the block.
             replaced: dequantized weights and tuned parameters by full name.
         """
-        quantized = self.run(block, self.quantized, replaced) if self.quantized_chain else targets_NTH
+        self.original = None
+        quantized = targets_NTH
+        if self.quantized_chain:
+            quantized = self.run(block, self.quantized, replaced, into=self.quantized)
         following = list(self.groups).index(block.names) + 1
         original = self.before(following, targets_NTH)
         self.original = original
@@ -167,7 +242,7 @@ class BlockStream:
             return Replay(collected if own == name else None, as_tuple=self._as_tuple, stops=own == name)
 
         with replaced_modules(self.source.model, names, stand_in):
-            self._replay(previous, chain_NTH)
+            self._replay(previous, chain_NTH, collected)
         return self._without_extra(collected)
 
     @torch.no_grad()
@@ -180,7 +255,7 @@ class BlockStream:
             replaced_modules(self.source.model, self._names(), lambda _name: Replay(as_tuple=self._as_tuple)),
             replaced_modules(self.source.model, [head], lambda _name: Replay(collected)),
         ):
-            self._replay(last, chain_NTH)
+            self._replay(last, chain_NTH, collected)
         return self._without_extra(collected)
 
     def logits(self, hidden_NTH: Tensor, samples: Tensor, head: Tensor | None = None) -> Tensor:
@@ -208,17 +283,28 @@ class BlockStream:
         """Whether the model changes hidden states between two blocks, so that no block gives the next its input."""
         return bool(self._changed)
 
-    def _replay(self, name: str, chain_NTH: Tensor) -> None:
-        """Runs the skeleton with a stand-in that gives the activations of a chain."""
+    def _replay(self, name: str, chain_NTH: Tensor, collected: list[Tensor]) -> None:
+        """Runs the skeleton with a stand-in that gives the activations of a chain; what is collected is stored."""
         stand_in: Any = self.source.model.get_submodule(name)
         for piece in self._pieces():
             rows = chain_NTH[piece].to(self.device)
             stand_in.output = torch.cat([rows, rows[:1]]) if self._extra else rows
             with contextlib.suppress(ReachedError):
                 self._forward_skeleton(torch.arange(piece.start, piece.stop))
+            self._store(collected)
+
+    def _store(self, *collected: list[Tensor]) -> None:
+        """Moves what a pass has collected to the storage device, so that no more than one pass's lies elsewhere."""
+        for hidden in collected:
+            hidden[:] = [tensor.to(self.storage) for tensor in hidden]
 
     def _without_extra(self, collected: list[Tensor]) -> Tensor:
-        return torch.cat([hidden[: len(hidden) - self._extra].to(self.storage) for hidden in collected])
+        """Returns (N, T, H), joined where the chains are kept."""
+        parts = [hidden[: len(hidden) - self._extra] for hidden in collected]
+        shape = (sum(map(len, parts)), *parts[0].shape[1:])
+        joined = empty_near(self.device, self.storage, shape, parts[0].dtype)
+        torch.cat(parts, out=joined)
+        return joined
 
     def _names(self) -> list[str]:
         return [name for group in self.groups for name in group]
@@ -280,6 +366,7 @@ class BlockStream:
             for samples in pieces:
                 trace.begin()
                 self._forward_skeleton(samples)
+                self._store(*(recorder.hidden for recorder in recorders.values()))
         return recorders, trace.changed
 
     def _refuse_changes_within_groups(self) -> None:

@@ -219,6 +219,9 @@ class RunConfig:
     resume: bool = option(False, "continue a run that was interrupted")
     device: str = option("auto", "auto, cpu, cuda, cuda:1, xpu ...", "--devices", "--device_map")
     low_gpu_mem_usage: bool = option(False, "keep calibration activations in host memory")
+    max_gpu_memory: str | None = option(
+        None, "GPU memory that quantizing blocks may take, e.g. 8GiB (default: what is free)", kind=str
+    )
     model_dtype: str | None = option(None, "precision that 16-bit tensors are written in: bf16, fp16, fp32", kind=str)
     max_shard_size: str = option("5GB", "largest size of a file of weights")
     verify: bool = option(True, "reopen each written checkpoint and check it", off="--no_verify")
@@ -238,6 +241,8 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         parse_size(self.max_shard_size)
+        if self.max_gpu_memory is not None:
+            parse_size(self.max_gpu_memory)
         if self.model_dtype is not None and self.model_dtype not in MODEL_DTYPES:
             raise ConfigError(f"model_dtype={self.model_dtype!r} (allowed: {', '.join(MODEL_DTYPES)})")
 

@@ -5,13 +5,16 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib.util
-from collections.abc import Iterator
+import logging
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from auto_round import distributed
 from auto_round.errors import ConfigError
+
+logger = logging.getLogger(__name__)
 
 
 def compute_device(name: str | int | None) -> torch.device:
@@ -41,6 +44,20 @@ def compute_dtype(device: torch.device, stored: torch.dtype, *, amp: bool) -> to
     if device.type == "cpu" or not amp:
         return torch.float32
     return torch.float16 if stored == torch.float16 else torch.bfloat16
+
+
+def empty_near(device: torch.device, storage: torch.device, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """Returns an uninitialised tensor on `storage`, for data that go between there and the compute device `device`.
+
+    In host memory beside a GPU it is pinned: only such copies run at the full speed of the bus, and beside other work.
+    Where the system grants no more pinned memory it is pageable, which is slower and nothing else.
+    """
+    if storage.type == "cpu" and device.type == "cuda":
+        try:
+            return torch.empty(tuple(shape), dtype=dtype, pin_memory=True)
+        except RuntimeError as error:
+            logger.warning("host memory cannot be pinned (%s); copies will be slower", str(error).splitlines()[0])
+    return torch.empty(tuple(shape), dtype=dtype, device=storage)
 
 
 def runs_triton(tensor: Tensor) -> bool:

@@ -49,6 +49,24 @@ def sum_over_ranks(tensor: Tensor) -> Tensor:
     return tensor
 
 
+def largest(value: int) -> int:
+    """Returns the largest of all ranks' values."""
+    if world_size() == 1:
+        return value
+    values: list[int] = [0] * world_size()
+    dist.all_gather_object(values, value)
+    return max(values)
+
+
+def all_of(flags: Tensor) -> Tensor:
+    """Returns which flags are set on all ranks, bool; the tensor itself without others."""
+    if world_size() == 1:
+        return flags
+    unset = (~flags).int()
+    dist.all_reduce(unset)
+    return unset == 0
+
+
 def fill_from_owners(tensor: Tensor, pieces: list[slice]) -> Tensor:
     """Completes a tensor of which rank r has computed the pieces r, r + world, r + 2 world ...; in place."""
     if world_size() > 1:

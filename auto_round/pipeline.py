@@ -10,7 +10,7 @@ import functools
 import hashlib
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from auto_round import distributed, end_to_end, quality
+from auto_round.background import Background
 from auto_round.blocks import Block, BlockStream
 from auto_round.calibration import CalibrationSet
 from auto_round.config import parse_formats
@@ -41,7 +42,9 @@ from auto_round.tuning import (
     with_input_quantizers,
 )
 from auto_round.tuning.base import joined_peaks
+from auto_round.tuning.block_bytes import Choice
 from auto_round.tuning.kv_cache import cache_scales
+from auto_round.tuning.memory_budget import MemoryBudget
 
 logger = logging.getLogger(__name__)
 
@@ -192,20 +195,39 @@ def _round_everything(session: Session, store: RunStore) -> None:
     round_outside(plan, source, store, session.config)
 
 
+@dataclasses.dataclass(frozen=True, slots=True, eq=False)
+class _Walk:
+    """What goes along from block to block."""
+
+    session: Session
+    store: RunStore
+    stream: BlockStream
+    tuner: Tuner
+    budget: MemoryBudget
+    progress: Progress
+    reader: Background
+    writer: Background
+
+
 def _tune_everything(session: Session, store: RunStore, data: CalibrationSet) -> None:
     config, plan = session.config, session.plan
     outside_left = bool(plan.outside()) and not store.has(HEAD_BLOCK)
     if all(store.has(group[0]) for group in plan.groups) and not outside_left:
         return
     tuner = tuner_for(config.tune)
-    stream = _open_stream(session, data, quantized_chain=config.tune.enable_quanted_input and tuner.needs_targets)
+    has_two = config.tune.enable_quanted_input and tuner.needs_targets
+    chains = 3 if has_two and tuner.needs_original_inputs else 2
+    budget = MemoryBudget(config, compute_device(config.device), chains)
+    stream = _open_stream(session, data, quantized_chain=has_two, budget=budget)
     end_to_end.check_stream(stream, config)
-    progress = Progress(len(plan.groups))
-    for index in range(len(plan.groups)):
-        last = index == len(plan.groups) - 1 and not outside_left
-        # In a function of its own, so that nothing of a block stays while the next one is tuned.
-        _pass_block(session, store, stream, index, progress, tuner, last=last)
-        release_freed()
+    with Background() as reader, Background() as writer:
+        walk = _Walk(session, store, stream, tuner, budget, Progress(len(plan.groups)), reader, writer)
+        stored = None
+        for index in range(len(plan.groups)):
+            last = index == len(plan.groups) - 1 and not outside_left
+            # In a function of its own, so that nothing of a block stays while the next one is tuned.
+            stored = _pass_block(walk, index, stored, last=last)
+            release_freed()
     if outside_left:
         inputs = OutsideInputs(_head_inputs(stream, plan), stream.channel_means)
         round_outside(plan, session.source, store, config, inputs)
@@ -221,47 +243,83 @@ def _head_inputs(stream: BlockStream, plan: Plan) -> Tensor | None:
 
 
 def _pass_block(
-    session: Session,
-    store: RunStore,
-    stream: BlockStream,
-    index: int,
-    progress: Progress,
-    tuner: Tuner,
-    *,
-    last: bool,
-) -> None:
-    """Quantizes one group of blocks, or takes its result from the store, and moves the activations past it."""
-    block, name = stream.load(index), session.plan.groups[index][0]
+    walk: _Walk, index: int, stored: Mapping[str, Tensor] | None, *, last: bool
+) -> Mapping[str, Tensor] | None:
+    """Quantizes one group of blocks, or takes its result from the store, and moves the activations past it.
+
+    Args:
+        stored: the group's tensors, if they have been read already.
+    Returns:
+        The tensors of the next group, read meanwhile.
+    """
+    session, store, stream = walk.session, walk.store, walk.stream
+    block, name = stream.load(index, stored), session.plan.groups[index][0]
+    if index + 1 < len(session.plan.groups):
+        walk.reader.begin(stream.read, index + 1)
     done = store.has(name)
-    assert stream.original is not None
-    targets_NTH = stream.run(block, stream.original) if tuner.needs_targets or not last else None
-    if not tuner.needs_original_inputs:
-        stream.forget_original()
-    result = store.load(name) if done else _tune_block(session, stream, block, targets_NTH)
+    schemes = {name: entry.scheme for name, entry in session.plan.in_group(block.names).items()}
+    choice = walk.budget.choose(stream, block, schemes)
+    _follow(choice, stream)
+    targets_NTH = None
+    if walk.tuner.needs_targets or not last:
+        targets_NTH = stream.targets(block, keeps_inputs=walk.tuner.needs_original_inputs)
+    result = store.load(name) if done else _tune_within_memory(walk, block, targets_NTH, choice)
     if not done:
         result = _with_cache_scales(session, stream, block, result)
         if distributed.is_writer():
-            store.save(name, result)
+            walk.writer.begin(store.save, name, result)
     distributed.barrier()
+    following = walk.reader.result()
     if not last:
         assert targets_NTH is not None
         quantized = with_input_quantizers(block, quantizers_of(result))
         replaced = _replaced(session, block, result) if stream.quantized_chain else {}
-        stream.advance(quantized, targets_NTH, replaced)
-    progress.report(block.name, result, resumed=done)
+        stream.advance(quantized, stream.stored(targets_NTH), replaced)
+    walk.progress.report(block.name, result, resumed=done)
+    return following
 
 
-def _open_stream(session: Session, data: CalibrationSet, *, quantized_chain: bool) -> BlockStream:
+def _follow(choice: Choice, stream: BlockStream) -> None:
+    stream.keep_on(torch.device("cpu") if choice.on_host else stream.device)
+    stream.micro_batch = choice.micro_batch
+
+
+def _tune_within_memory(walk: _Walk, block: Block, targets_NTH: Tensor | None, choice: Choice) -> BlockResult:
+    """Returns what tuning a block gives; where memory does not suffice after all, the block begins anew with less."""
+    wanted: Choice | None = choice
+    while wanted is not None:
+        choice = wanted
+        try:
+            return _tune_block(walk, block, targets_NTH, choice)
+        except torch.cuda.OutOfMemoryError as error:
+            wanted, message = walk.budget.smaller(choice), str(error).splitlines()[0]
+            if wanted is None:
+                raise
+        # Behind the handler, so that nothing of the failed attempt is held by its traceback.
+        logger.warning("%s: %s. Once more with %s", block.name, message, wanted.describe())
+        _follow(wanted, walk.stream)
+        targets_NTH = None if targets_NTH is None else walk.stream.stored(targets_NTH)
+        torch.cuda.empty_cache()
+    raise AssertionError
+
+
+def _open_stream(
+    session: Session, data: CalibrationSet, *, quantized_chain: bool, budget: MemoryBudget | None = None
+) -> BlockStream:
     config = session.config
     device = compute_device(config.device)
     stored = next((p.dtype for p in session.source.model.parameters() if p.is_floating_point()), torch.float32)
+    dtype = compute_dtype(device, stored, amp=config.tune.amp)
+    hidden = session.plan.entries[0].layer.shape[1]
+    budget = MemoryBudget(config, device, chains=2) if budget is None else budget
+    on_host = budget.starts_on_host(data.input_ids.numel() * hidden * dtype.itemsize)
     return BlockStream(
         session.source,
         session.plan.groups,
         data,
         device=device,
-        dtype=compute_dtype(device, stored, amp=config.tune.amp),
-        storage=torch.device("cpu") if config.low_gpu_mem_usage else device,
+        dtype=dtype,
+        storage=torch.device("cpu") if on_host else device,
         batch_size=config.tune.batch_size,
         quantized_chain=quantized_chain,
         watched=[n for n, e in session.plan.outside().items() if e.layer.name != session.plan.structure.head],
@@ -269,18 +327,20 @@ def _open_stream(session: Session, data: CalibrationSet, *, quantized_chain: boo
     )
 
 
-def _tune_block(session: Session, stream: BlockStream, block: Block, targets_NTH: Tensor | None) -> BlockResult:
+def _tune_block(walk: _Walk, block: Block, targets_NTH: Tensor | None, choice: Choice) -> BlockResult:
+    session, stream = walk.session, walk.stream
     entries = session.plan.in_group(block.names)
     task = TuningTask(
-        block=block,
+        block=dataclasses.replace(block, recomputes=choice.recomputes),
         schemes={name: entry.scheme for name, entry in entries.items()},
         transposed=frozenset(name for name, entry in entries.items() if entry.layer.transposed),
         inputs=stream.quantized,
         original_inputs=stream.original,
         targets=targets_NTH,
         mask=stream.data.attention_mask,
-        batches=stream.batches(),
+        batches=stream.passes(),
         seed=block_seed(session.config.tune.seed, block.names[0]),
+        micro_batch=choice.micro_batch,
     )
     result = tune(task, session.config.tune) if entries else BlockResult({})
     return dataclasses.replace(result, weights={name: weight.to("cpu") for name, weight in result.weights.items()})
@@ -291,7 +351,7 @@ def _with_cache_scales(session: Session, stream: BlockStream, block: Block, resu
     if not session.plan.has_cache_scales:
         return result
     quantized = with_input_quantizers(block, quantizers_of(result))
-    scales = cache_scales(quantized, stream.quantized, stream.batches(), _replaced(session, block, result))
+    scales = cache_scales(quantized, stream.quantized, stream.passes(), _replaced(session, block, result))
     return dataclasses.replace(result, cache_scales={name: scale.to("cpu") for name, scale in scales.items()})
 
 

@@ -16,7 +16,7 @@ TREES = {file: ast.parse(file.read_text(encoding="utf-8")) for file in FILES}
 # Each file or folder may import only what stands on an earlier line, or its own folder.
 LAYERS = (
     ("__init__", "errors"),
-    ("registry", "schemes", "elements", "memory"),
+    ("registry", "schemes", "elements", "memory", "background"),
     ("tensors", "config", "distributed"),
     ("device", "calls", "channels"),
     ("layouts", "data_types", "models", "calibration"),

@@ -1,9 +1,13 @@
+import dataclasses
+
+import pytest
 import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
 from auto_round.block import Block
 from auto_round.calls import BlockCalls
+from auto_round.memory import LiveBytes
 
 # The model passes nothing but the hidden states.
 CALLS = BlockCalls((), {}, pytree.tree_flatten(((), {}))[1])
@@ -53,3 +57,63 @@ def test_inputs_pass_their_quantizer_first_and_hooks_are_gone_afterwards():
     x = torch.randn(1, 2, 4) * 3
     assert torch.equal(block.forward(x, torch.arange(1)), make_block().forward(x.round(), torch.arange(1)))
     assert not block.modules[0][0]._forward_pre_hooks
+
+
+class Part(nn.Module):
+    """Two layers with a wide tensor between them."""
+
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = nn.Linear(4, 64), nn.Linear(64, 4)
+
+    def forward(self, x, *, scale=1.0):
+        return self.down(torch.sin(self.up(x))) * scale
+
+
+class TwoParts(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.attention, self.mlp, self.norm = Part(), Part(), nn.Linear(4, 4)
+
+    def forward(self, x):
+        x = x + self.attention(x, scale=0.5)
+        return x + self.mlp(self.norm(x))
+
+
+@pytest.fixture(params=[{}, {"input_quantizers": {"layers.0.mlp.down.weight": lambda x: x.detach().round() + x}}])
+def two_parts(request):
+    torch.manual_seed(0)
+    module = TwoParts()
+    tensors = {f"layers.0.{name}": tensor.detach() for name, tensor in module.named_parameters()}
+    changes = {"names": ("layers.0",), "modules": (module,), "calls": (CALLS,), "tensors": tensors, **request.param}
+    return make_block(**changes)
+
+
+def gradients_and_kept(block, x):
+    """Returns output, gradients of other weights than the module's own, and bytes that live between the passes."""
+    weights = {name: (tensor * 2).requires_grad_() for name, tensor in block.tensors.items()}
+    with LiveBytes() as live:
+        output = block.forward(x, torch.arange(len(x)), weights)
+        kept = live.now
+        found = torch.autograd.grad(output.square().sum(), list(weights.values()))
+    return output, found, kept
+
+
+def test_a_block_that_recomputes_has_the_same_gradients_and_keeps_less(two_parts):
+    x = torch.randn(8, 16, 4)
+    output, gradients, kept = gradients_and_kept(two_parts, x)
+    again, same, less = gradients_and_kept(dataclasses.replace(two_parts, recomputes=True), x)
+    assert torch.equal(again, output)
+    assert all(torch.equal(a, b) for a, b in zip(gradients, same, strict=True))
+    assert less < kept / 4
+
+
+def test_recomputing_leaves_nothing_on_the_modules(two_parts):
+    block = dataclasses.replace(two_parts, recomputes=True)
+    before = [sorted(vars(module)) for module in block.modules[0].modules()]
+    gradients_and_kept(block, torch.randn(2, 3, 4))
+    assert before == [sorted(vars(module)) for module in block.modules[0].modules()]
+    with pytest.raises(RuntimeError):
+        block.forward(torch.randn(2, 3, 5), torch.arange(2))
+    assert before == [sorted(vars(module)) for module in block.modules[0].modules()]
+    assert not any(module._forward_pre_hooks for module in block.modules[0].modules())

@@ -26,12 +26,12 @@ def open_stream(source, data, *, nblocks=1, quantized_chain=True):
 def streamed(source, data, *, nblocks=1):
     """Returns the input of each group, the output of the last, and the stream behind it."""
     stream = open_stream(source, data, nblocks=nblocks)
-    hidden = [stream.original]
+    hidden = [stream.original.clone()]  # `advance` overwrites its inputs
     for index in range(len(stream.groups)):
         block = stream.load(index)
         outputs = stream.run(block, stream.original)
         stream.advance(block, outputs, {})
-        hidden.append(outputs)
+        hidden.append(outputs.clone())
     return hidden, stream
 
 
@@ -232,3 +232,41 @@ def test_blocks_share_the_arguments_that_the_model_shares(make_model, padded):
     stream = open_stream(ModuleSource(make_model()), padded)
     first, second = (next(iter(stream.load(index).calls[0].per_sample.values())) for index in (0, 1))
     assert first is second
+
+
+def test_outputs_may_take_the_place_of_the_inputs(make_model, data):
+    stream = open_stream(ModuleSource(make_model()), data)
+    block, inputs = stream.load(0), stream.original.clone()
+    expected = stream.run(block, inputs)
+    assert not torch.equal(expected, inputs)
+    assert stream.run(block, inputs, into=inputs) is inputs
+    assert torch.equal(inputs, expected)
+
+
+@pytest.mark.parametrize("quantized_chain", [True, False], ids=["two-chains", "one-chain"])
+@pytest.mark.parametrize("keeps_inputs", [True, False], ids=["kept", "consumed"])
+def test_targets_take_the_place_of_original_inputs_that_nothing_else_needs(
+    keeps_inputs, quantized_chain, make_model, data
+):
+    """Memory of the chains: what is overwritten is not allocated again."""
+    expected, _ = reference(make_model(), data)
+    stream = open_stream(ModuleSource(make_model()), data, quantized_chain=quantized_chain)
+    consumed = quantized_chain and not keeps_inputs
+    for index in range(2):
+        block, original, inputs = stream.load(index), stream.original, stream.quantized
+        targets = stream.targets(block, keeps_inputs=keeps_inputs)
+        assert torch.equal(targets, expected[index + 1])
+        assert torch.equal(stream.quantized, expected[index])  # what the block is tuned on
+        assert (stream.original is None) == consumed
+        shares = targets.data_ptr() == original.data_ptr()
+        assert shares == (consumed and original is not inputs)
+        stream.advance(block, targets, {})
+        assert (stream.quantized is inputs) == quantized_chain
+
+
+def test_samples_that_overflow_are_named_whatever_batch_they_are_in(make_model, data):
+    stream = open_stream(ModuleSource(make_model()), data)
+    inputs = stream.original.clone()
+    inputs[3, 1] = float("inf")
+    with pytest.raises(CalibrationError, match=r"^model\.layers\.0 gives values .* for samples \[3\]\. The model"):
+        stream.run(stream.load(0), inputs)

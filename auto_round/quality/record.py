@@ -35,6 +35,7 @@ from typing import Any
 from auto_round import __version__
 from auto_round.checkpoint import WEIGHT_SUFFIXES
 from auto_round.config import MODEL_DTYPES, RunConfig
+from auto_round.end_to_end import steps_of
 from auto_round.formats import FormatTarget
 from auto_round.plan import Plan, PlanEntry
 from auto_round.quality.errors_of_weights import LayerError
@@ -69,7 +70,7 @@ def record(
             "package": f"auto-round {__version__}",
             "format": target.exporter.name,
             "scheme": str(plan.prescribed_by or plan.base),
-            "options": _options(config),
+            "options": _options(plan, config),
         },
         "text": measured.text or None,
         "predictions": None if measured.predictions is None else dataclasses.asdict(measured.predictions),
@@ -105,7 +106,7 @@ def loss_curve(losses: Sequence[float]) -> tuple[int, list[float]]:
     return step, [sum(piece) / len(piece) for piece in pieces]
 
 
-def _options(config: RunConfig) -> dict[str, Any]:
+def _options(plan: Plan, config: RunConfig) -> dict[str, Any]:
     """Returns the options of calibration and tuning, and those that say what becomes of weights."""
     described = {"iters": config.tune.iters, "disable_opt_rtn": config.tune.disable_opt_rtn}
     if config.tune.needs_calibration:
@@ -113,9 +114,10 @@ def _options(config: RunConfig) -> dict[str, Any]:
         described |= {"batch_size": config.tune.batch_size, "seed": config.tune.seed}
     if config.tune.iters:
         described |= {"lr": config.tune.rounding_step, "minmax_lr": config.tune.clip_step}
-        described |= {"enable_alg_ext": config.tune.enable_alg_ext, "nblocks": config.tune.nblocks}
-    if config.end_to_end.e2e_steps:
-        described |= {"e2e_steps": config.end_to_end.e2e_steps, "e2e_lr": config.end_to_end.e2e_lr}
+        described |= {"enable_alg_ext": config.tune.uses_curvature, "nblocks": config.tune.nblocks}
+    steps = steps_of(config, plan)
+    if steps:
+        described |= {"e2e_steps": steps, "e2e_lr": config.end_to_end.e2e_lr}
     return described
 
 

@@ -32,6 +32,7 @@ class TuningTask:
         mask: (N, T) bool, False for padding, or None.
         batches: samples of each forward pass.
         seed: of everything random in this block, already mixed with its name.
+        micro_batch: samples of one forward and backward pass of a step; None for as many as `TuneConfig.batch_size`.
     """
 
     block: Block
@@ -43,6 +44,7 @@ class TuningTask:
     mask: Tensor | None
     batches: Sequence[slice]
     seed: int
+    micro_batch: int | None = None
 
     def weight(self, name: str) -> Tensor:
         """Returns the original weight (O, I), in its stored precision, on the compute device."""

@@ -14,10 +14,9 @@ travel further at 2 and 3 bits; `--disable_alg_ext` is the paper's step.
 from __future__ import annotations
 
 import dataclasses
-import functools
+import itertools
 import math
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -30,11 +29,11 @@ from auto_round.memory import release_freed
 from auto_round.schemes import QuantizationScheme
 from auto_round.tensors import ROW_FIELDS, BlockResult, QuantizedTensor
 from auto_round.tuning.base import TuningTask
+from auto_round.tuning.block_error import BlockError
 from auto_round.tuning.capture import compiled_or_eager, repeat_on_device
 from auto_round.tuning.fused_step import FusedWeight, fused_weight
 from auto_round.tuning.rtn import PlainRounding, SearchedRounding
 from auto_round.tuning.sampling import sample_order
-from auto_round.tuning.squared_error import squared_error
 from auto_round.tuning.statistics import channel_importance, output_sensitivity
 from auto_round.tuning.tuned_weight import Curvature, TunedWeight
 
@@ -83,13 +82,11 @@ class _BlockRun:
         self.plain = _plain_parameters(task) if config.enable_norm_bias_tuning else {}
         self.plain_sizes = {name: float(tensor.abs().mean()) for name, tensor in self.plain.items()}
         self.adam = _adam(self.weights, self.plain, config) if config.adam else None
-        self.call = compiled_or_eager(functional_call) if self._is_compiled() else functional_call
-        assert task.targets is not None
-        self.elements_per_token = task.targets.shape[-1]
+        call = compiled_or_eager(functional_call) if self._is_compiled() else functional_call
+        self.error = BlockError(task, task.micro_batch or config.batch_size, call)
         self.fused = _fused_weights(task, self.weights) if self.adam is None else {}
         device = task.block.device
         self.decay = torch.ones((), device=device)
-        self.unit = 1.0
         self.step_number = torch.zeros((), dtype=torch.int64, device=device)
         self.steps_taken = 0
         self.steps = torch.arange(config.iters, device=device)
@@ -108,15 +105,17 @@ class _BlockRun:
     def descend(self) -> int:
         """Runs all steps; leaves the kept parameters in place and returns the kept step."""
         config = self.config
-        order = sample_order(self.task.inputs.shape[0], config, self.task.generator())
+        drawn = sample_order(self.task.inputs.shape[0], config, self.task.generator())
+        order = list(itertools.islice(drawn, config.iters))
         take_step = repeat_on_device(self.step, self._may_be_captured())
-        for step in range(config.iters):
-            self.decay.fill_(_decay(config, step))
-            self.step_number.fill_(step)
-            take_step(next(order))
-            self.steps_taken = step + 1
-            if self.keeps_best and 0 < config.dynamic_max_gap <= step - int(self.best_step):
-                break
+        with self.error.fed_ahead(order):
+            for step, samples in enumerate(order):
+                self.decay.fill_(_decay(config, step))
+                self.step_number.fill_(step)
+                take_step(samples)
+                self.steps_taken = step + 1
+                if self.keeps_best and 0 < config.dynamic_max_gap <= step - int(self.best_step):
+                    break
         return int(self.best_step) if self.keeps_best else config.iters
 
     def go_back(self) -> None:
@@ -142,46 +141,26 @@ class _BlockRun:
         called one by one would be compiled one by one.
         """
         block, asked = self.task.block, self.config.enable_torch_compile
-        if asked is not None:
-            return asked
+        if asked is not None or block.recomputes:
+            return bool(asked) and not block.recomputes
         return block.device.type == "cuda" and not self._may_be_captured() and not block.experts()
 
     def step(self, samples: Tensor) -> None:
         """Takes one step on some samples."""
         replaced = self.dequantized(requires_grad=True)
-        if self.moves_in_backward and samples.numel() <= self.config.batch_size:
+        if self.moves_in_backward:
             self._step_in_backward(samples, replaced)
             return
-        loss, gradients = self.loss_and_gradients(samples, replaced)
+        loss, gradients = self.error.gradients(samples, replaced)
         self._note_loss(loss)
         self._move(gradients)
 
     def _step_in_backward(self, samples: Tensor, replaced: Mapping[str, Tensor]) -> None:
-        """Takes the same step, but moves each weight as soon as its gradient is there, and frees the gradient.
+        """Takes the same step, but moves each weight as soon as its gradient is there."""
+        self.error.give_gradients(samples, replaced, self._note_loss, self._consume)
 
-        So no more than one weight's gradient exists at a time, a quarter of a step's memory less for large blocks.
-        """
-        for name, tensor in replaced.items():
-            tensor.register_post_accumulate_grad_hook(functools.partial(self._consume, name))
-        elements = self._token_count(samples) * self.elements_per_token
-        error = self._squared_error(samples, replaced, self.call)
-        self._note_loss(error.detach() / elements)
-        self.unit = 1 / (elements * self._backward_factor(elements))
-        (error * self._backward_factor(elements)).backward()
-
-    def _backward_factor(self, elements: int) -> float:
-        """Returns what squared errors are multiplied with before the backward pass: 1 / elements, their mean.
-
-        In float16 that would vanish; there gradients of outputs stay between 2**-24 and 2**15 for differences between
-        2**-19 and 2**20. Only signs and ratios of gradients count.
-        """
-        return 2.0**-6 if self.task.block.dtype == torch.float16 else 1 / elements
-
-    def _consume(self, name: str, tensor: Tensor) -> None:
-        assert tensor.grad is not None
-        gradient = tensor.grad if name in self.fused else tensor.grad.float() * self.unit
-        self._move({name: gradient}, self.unit)
-        tensor.grad = None
+    def _consume(self, name: str, gradient: Tensor, unit: float) -> None:
+        self._move({name: gradient if name in self.fused else gradient.float() * unit}, unit)
 
     @torch.no_grad()
     def _note_loss(self, loss: Tensor) -> None:
@@ -208,33 +187,6 @@ class _BlockRun:
         }
         replaced.update({name: tensor.to(self.task.block.dtype) for name, tensor in self.plain.items()})
         return {name: t.detach().requires_grad_(requires_grad) for name, t in replaced.items()}
-
-    def loss_and_gradients(self, samples: Tensor, replaced: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        """Returns mean squared error over a step's samples and its gradients, summed over batches and ranks.
-
-        Every rank takes its share of the samples; the sum is the same whatever the number of batches and ranks.
-        """
-        names = list(replaced)
-        total = torch.zeros((), device=self.task.block.device)
-        gradients: dict[str, Tensor] = {}
-        elements = self._token_count(samples) * self.elements_per_token
-        factor = self._backward_factor(elements)
-        shares = samples.chunk(distributed.world_size())
-        mine = shares[distributed.rank()].split(self.config.batch_size) if distributed.rank() < len(shares) else ()
-        for batch in mine:
-            error = self._squared_error(batch, replaced, self.call)
-            found = torch.autograd.grad(error * factor, [replaced[name] for name in names], allow_unused=True)
-            for name, gradient in zip(names, found, strict=True):
-                if gradient is not None:
-                    scaled = gradient.float() / (elements * factor)
-                    gradients[name] = gradients[name] + scaled if name in gradients else scaled
-            total += error.detach() / elements
-        if distributed.world_size() > 1:
-            for name in names:
-                gradients.setdefault(name, torch.zeros_like(replaced[name], dtype=torch.float32).detach())
-                distributed.sum_over_ranks(gradients[name])
-            distributed.sum_over_ranks(total)
-        return total, gradients
 
     @torch.no_grad()
     def _move(self, gradients: Mapping[str, Tensor], unit: float = 1.0) -> None:
@@ -271,28 +223,9 @@ class _BlockRun:
         else:
             tensor.sub_(gradient.sign().mul_(self.decay * size))
 
-    @torch.no_grad()
     def fixed_loss(self, replaced: Mapping[str, Tensor]) -> float:
         """Returns the error on the first samples, the same ones each time; for reporting and the check for NaN."""
-        samples = torch.arange(min(self.task.inputs.shape[0], 2 * self.config.batch_size))
-        errors = [self._squared_error(batch, replaced) for batch in samples.split(self.config.batch_size)]
-        return float(sum(errors)) / (self._token_count(samples) * self.elements_per_token)
-
-    def _squared_error(
-        self, samples: Tensor, replaced: Mapping[str, Tensor], call: Callable[..., Any] = functional_call
-    ) -> Tensor:
-        task = self.task
-        assert task.targets is not None
-        device = task.block.device
-        where = samples.to(task.inputs.device)
-        output = task.block.forward(task.inputs[where].to(device), samples, replaced, call=call)
-        weight = None if task.mask is None else task.mask[samples].to(device)[..., None]
-        return squared_error(output, task.targets[where].to(device), weight)
-
-    def _token_count(self, samples: Tensor) -> int:
-        if self.task.mask is None:
-            return samples.numel() * self.task.inputs.shape[1]
-        return max(int(self.task.mask[samples].sum()), 1)
+        return self.error.mean(torch.arange(min(self.task.inputs.shape[0], 2 * self.config.batch_size)), replaced)
 
     def encoded(self) -> dict[str, QuantizedTensor]:
         """Returns the kept quantized weights by name: those of the best step, or of the last one."""
@@ -313,7 +246,7 @@ def _make_weights(task: TuningTask, config: TuneConfig) -> dict[str, TunedWeight
     importance = channel_importance(task.block, task.inputs, task.batches, names, mask_NT=task.mask)
     sensitivity: Mapping[str, Tensor] = {}
     if config.uses_curvature:
-        probes = list(task.batches)[:PROBE_BATCHES]
+        probes = [piece for piece in task.batches if piece.start < PROBE_BATCHES * config.batch_size]
         sensitivity = output_sensitivity(task.block, task.inputs, probes, names, task.generator(), mask_NT=task.mask)
     weights, peaks = {}, task.tensor_peaks()
     for name, scheme in task.schemes.items():

@@ -127,7 +127,7 @@ def test_accumulated_batches_see_the_samples_and_gradients_of_one_large_batch(ma
     samples = torch.tensor([6, 1, 3, 0])
     runs = [_BlockRun(task, config) for config in (one, two)]
     (loss, gradients), (loss_two, gradients_two) = (
-        run.loss_and_gradients(samples, run.dequantized(requires_grad=True)) for run in runs
+        run.error.gradients(samples, run.dequantized(requires_grad=True)) for run in runs
     )
     # 4 samples x 16 tokens are summed: relative error of a sum is below n * 2**-24 of its absolute terms
     assert float(loss_two) == pytest.approx(float(loss), rel=1e-5)
@@ -141,7 +141,7 @@ def test_loss_and_gradients_are_those_of_the_mean_squared_error(split, make_task
     task = make_task(W2A)
     run = _BlockRun(task, config_of(batch_size=split[0], gradient_accumulate_steps=split[1]))
     samples = torch.tensor([5, 2, 7, 4])
-    loss, gradients = run.loss_and_gradients(samples, run.dequantized(requires_grad=True))
+    loss, gradients = run.error.gradients(samples, run.dequantized(requires_grad=True))
     leaves = run.dequantized(requires_grad=True)
     expected = (task.block.forward(task.inputs[samples], samples, leaves) - task.targets[samples]).square().mean()
     expected.backward()
@@ -240,7 +240,7 @@ def test_the_first_step_moves_every_offset_by_lr_against_its_gradient(make_task)
     task = make_task(W2, names=("down_proj",))
     run = _BlockRun(task, config_of(iters=10, enable_alg_ext=False))
     run.decay.fill_(1.0)
-    _, gradients = run.loss_and_gradients(torch.arange(4), run.dequantized(requires_grad=True))
+    _, gradients = run.error.gradients(torch.arange(4), run.dequantized(requires_grad=True))
     (tuned,) = run.weights.values()
     state = tuned.data_type.rounding_state(tuned.weight, tuned.scheme, tuned.range_, tuned.params)
     (gradient,) = gradients.values()
@@ -427,9 +427,9 @@ def test_gradients_of_a_float16_block_do_not_vanish(make_task):
     was = task.block
     block = Block(was.names, was.modules, was.calls, was.tensors, was.device, torch.float16)
     run = _BlockRun(dataclasses.replace(task, block=block, inputs=task.inputs.half()), config_of())
-    factors = [run._backward_factor(elements) for elements in (1, 8 * 2048 * 4096)]
+    factors = [run.error.factor(elements) for elements in (1, 8 * 2048 * 4096)]
     assert factors == [2.0**-6, 2.0**-6]
-    assert _BlockRun(task, config_of())._backward_factor(1000) == 1 / 1000
+    assert _BlockRun(task, config_of()).error.factor(1000) == 1 / 1000
 
 
 @pytest.mark.parametrize("extra", [{}, {"enable_norm_bias_tuning": True}], ids=["plain", "norms"])

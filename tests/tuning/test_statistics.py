@@ -138,6 +138,19 @@ def test_sensitivity_depends_on_the_generator_only(gated):
     assert not torch.equal(first, other)
 
 
+@pytest.mark.parametrize("size", [4, 2, 1])
+def test_sensitivity_does_not_depend_on_how_samples_are_batched(size, gated):
+    """Micro-batches draw the same probes one after the other, if a sample has a multiple of 16 values."""
+    inputs = torch.randn(8, 8, 6)
+    pieces = [slice(start, start + size) for start in range(0, 8, size)]
+    whole, parts = (
+        output_sensitivity(gated, inputs, batches, NAMES, torch.Generator().manual_seed(3))
+        for batches in ([slice(0, 8)], pieces)
+    )
+    for name, sensitivity in whole.items():
+        assert torch.allclose(sensitivity, parts[name], rtol=1e-5), name
+
+
 def test_sensitivity_counts_outputs_of_real_tokens_only(gated):
     """The last layer's Jacobian is the identity: its sensitivity is the mean square of the probe over real tokens."""
     mask = torch.ones(3, 4, dtype=torch.bool)
