@@ -32,6 +32,7 @@ class TuningTask:
         mask: (N, T) bool, False for padding, or None.
         batches: samples of each forward pass.
         seed: of everything random in this block, already mixed with its name.
+        importance: weight name -> (I,) mean squares of input channels that were given, in place of measured ones.
     """
 
     block: Block
@@ -43,6 +44,7 @@ class TuningTask:
     mask: Tensor | None
     batches: Sequence[slice]
     seed: int
+    importance: Mapping[str, Tensor] = dataclasses.field(default_factory=dict)
 
     def weight(self, name: str) -> Tensor:
         """Returns the original weight (O, I), in its stored precision, on the compute device."""
