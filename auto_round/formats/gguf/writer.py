@@ -20,9 +20,8 @@ from auto_round.config import MODEL_DTYPES, RunConfig, parse_size
 from auto_round.data_types import DATA_TYPES
 from auto_round.formats.export import HEAD_BLOCK
 from auto_round.formats.gguf.contents import Contents, FileTensor, Part, contents_of, gguf_package, types_of
-from auto_round.formats.gguf.families.base import Value
 from auto_round.formats.gguf.importance import importance_of_tensors
-from auto_round.formats.gguf.metadata import file_stem, metadata_of, model_name
+from auto_round.formats.gguf.metadata import add_value, file_stem, metadata_of, model_name
 from auto_round.formats.gguf.mixes import FLOAT_TYPES, block_size
 from auto_round.formats.gguf.prescribe import read_vocabulary, scheme_of
 from auto_round.layouts import LAYOUTS
@@ -55,7 +54,7 @@ def write_gguf(
     writer = gguf.GGUFWriter(path, contents.family.arch, split_max_size=shard_bytes(config))
     vocabulary = read_vocabulary(source, tokenizer, contents)
     for key, value in metadata_of(contents, mix, name, vocabulary).items():
-        _add_value(writer, key, value)
+        add_value(writer, key, value)
     for tensor in contents.tensors:
         kind = types[tensor.name]
         number = gguf.GGMLQuantizationType[kind]
@@ -173,20 +172,6 @@ def _rounded(rows: Tensor, kind: str, importance_I: Tensor | None) -> Tensor:
         weight = data_type.encode(weight_OI, scheme, range_, data_type.trainable(weight_OI, scheme))
         packed.append(layout.pack(weight)["blocks"].reshape(-1))
     return torch.cat(packed)
-
-
-def _add_value(writer: Any, key: str, value: Value) -> None:
-    """Adds a key with the type that llama.cpp expects for such a value."""
-    if isinstance(value, bool):
-        writer.add_bool(key, value)
-    elif isinstance(value, int):
-        writer.add_uint32(key, value)
-    elif isinstance(value, float):
-        writer.add_float32(key, value)
-    elif isinstance(value, str):
-        writer.add_string(key, value)
-    else:
-        writer.add_array(key, value)
 
 
 def contents_and_types(
