@@ -220,14 +220,18 @@ def test_llama_cpp_sees_a_picture(tmp_path, kind):
     def probabilities(color):
         buffer = io.BytesIO()
         image.new("RGB", (56, 56), color).save(buffer, format="PNG")
-        data = [base64.b64encode(buffer.getvalue()).decode()]
-        prompt = {"prompt_string": "the <__media__> in", "multimodal_data": data}
-        answer = server.handle_completions({"prompt": prompt, "max_tokens": 1, "n_probs": 100, "temperature": 0})
+        data = base64.b64encode(buffer.getvalue()).decode()
+        picture = {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{data}"}}
+        message = {"role": "user", "content": [{"type": "text", "text": "the "}, picture]}
+        asked = {"max_tokens": 1, "logprobs": True, "top_logprobs": 100, "temperature": 0, "cache_prompt": False}
+        answer = server.handle_chat_completions({"messages": [message], **asked})
+        assert "choices" in answer, answer
         top = answer["choices"][0]["logprobs"]["content"][0]["top_logprobs"]
         return {one["id"]: one["logprob"] for one in top}
 
     red, blue = probabilities((255, 0, 0)), probabilities((0, 0, 255))
     again = probabilities((255, 0, 0))
-    shared = red.keys() & blue.keys()
-    assert max(abs(red[one] - blue[one]) for one in shared) > 0.01
-    assert max(abs(red[one] - again[one]) for one in red.keys() & again.keys()) < 1e-3
+    colors = max(abs(red[one] - blue[one]) for one in red.keys() & blue.keys())
+    # Which rows a product takes at a time differs from run to run, and with it the rounding to bfloat16.
+    repeats = max(abs(red[one] - again[one]) for one in red.keys() & again.keys())
+    assert colors > max(0.01, 5 * repeats)
