@@ -4,11 +4,13 @@
     python benchmarks/gguf_files.py --tools llama.cpp/build/bin --model DIR --time --threads 2
 
 All files come from one bfloat16 file and one calibration text: llama-imatrix runs over windows of `--seqlen` tokens of
-it, ours runs over the same windows. `--tuned STEPS` adds a row for tuned rounding. `--reference "PYTHON SCRIPT"` names
-a command that takes the reference's options; it reads records, so the windows are written as such. Prints a row for each
-mixture and maker: bytes and perplexity. With `--time`, a random Llama-shaped model of about 1 GB (vocabulary of the
-model that is given) is rounded under one random importance matrix by both programs in turn, and the ratio is printed, also of processor
-time, which other programs on the machine change little.
+it, ours runs over the same windows. `--tuned STEPS` adds a row for tuned rounding. `--reference "PYTHON SCRIPT"` is a
+command that takes the reference's options; it reads records, so the windows are written as such. Prints a row for each
+mixture and maker: bytes and perplexity.
+
+With `--time`, a random Llama-shaped model of about 1 GB with the vocabulary of `--model` is rounded under one random
+importance matrix by both programs in turn. Prints seconds, those of processors in brackets (other programs on the
+machine change these little), and the ratio of both.
 """
 
 from __future__ import annotations
