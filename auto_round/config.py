@@ -99,6 +99,16 @@ class CalibConfig:
     calibrate_all_experts: bool = option(
         False, "scales of each expert are searched on all tokens, also those routed to other experts"
     )
+    imatrix: str | None = option(
+        None,
+        "importance matrix of llama.cpp that weights the search for scales; --iters 0 needs no text then",
+        kind=str,
+    )
+    write_imatrix: str | None = option(
+        None,
+        "file for an importance matrix of the calibration text: GGUF, or the older form if it ends in .dat",
+        kind=str,
+    )
 
     def __post_init__(self) -> None:
         problems = [
@@ -235,6 +245,8 @@ class RunConfig:
         parse_size(self.max_shard_size)
         if self.max_gpu_memory is not None:
             parse_size(self.max_gpu_memory)
+        if self.calib.imatrix is not None and not self.tune.needs_calibration:
+            raise ConfigError("imatrix weights the search for scales, and disable_opt_rtn turns it off. Leave one out")
         if self.model_dtype is not None and self.model_dtype not in MODEL_DTYPES:
             raise ConfigError(f"model_dtype={self.model_dtype!r} (allowed: {', '.join(MODEL_DTYPES)})")
 

@@ -21,22 +21,26 @@ from auto_round import distributed, end_to_end
 from auto_round.background import Background
 from auto_round.blocks import Block, BlockStream
 from auto_round.calibration import CalibrationSet
+from auto_round.channels import ChannelSums, sums_of
 from auto_round.config import parse_formats
 from auto_round.device import compute_device, compute_dtype, repeatable_kernels
 from auto_round.formats import FormatTarget, export, verify
 from auto_round.formats.export import HEAD_BLOCK, checked_targets
+from auto_round.formats.gguf.importance import MeasuredImportance
 from auto_round.memory import release_freed
 from auto_round.outside import OutsideInputs, output_layers, round_outside
 from auto_round.plan import Plan
 from auto_round.progress import Progress
+from auto_round.schemes import QuantizationScheme
 from auto_round.session import Session, fingerprint, load_data
 from auto_round.store import RunStore
-from auto_round.tensors import BlockResult
+from auto_round.tensors import BlockResult, QuantizedTensor
 from auto_round.tuning import (
     Tuner,
     TuningTask,
     quantizers_of,
     round_plain,
+    round_searched,
     tune,
     tuner_for,
     with_input_quantizers,
@@ -45,6 +49,7 @@ from auto_round.tuning.base import joined_peaks
 from auto_round.tuning.block_bytes import Choice
 from auto_round.tuning.kv_cache import cache_scales
 from auto_round.tuning.memory_budget import MemoryBudget
+from auto_round.tuning.statistics import channel_sums
 
 logger = logging.getLogger(__name__)
 
@@ -112,8 +117,7 @@ def quantize(session: Session, work: Path) -> RunStore:
         logger.info("changed: %s", adjustment)
     for warning in plan.warnings:
         logger.warning("%s", warning)
-    needs_calibration = plan.needs_calibration or (config.tune.needs_calibration and bool(plan.quantized()))
-    steps = end_to_end.steps_of(config, plan)
+    needs_calibration, steps = session.needs_calibration, end_to_end.steps_of(config, plan)
     data = load_data(session) if needs_calibration or steps else None
     store = _open_store(work, session, data)
     with repeatable_kernels():
@@ -142,7 +146,10 @@ def dequantized(store: RunStore, plan: Plan) -> Iterator[tuple[str, Tensor]]:
 
 
 def _round_everything(session: Session, store: RunStore) -> None:
-    """Plain rounding needs no activations: weights are read, rounded and stored one block after the other."""
+    """Rounding needs no activations where it is plain, or where an importance matrix was given.
+
+    Weights are read, rounded and stored one block after the other.
+    """
     plan, source = session.plan, session.source
     device = compute_device(session.config.device)
     progress = Progress(len(plan.groups))
@@ -157,12 +164,25 @@ def _round_everything(session: Session, store: RunStore) -> None:
             for name, entry in entries.items():
                 weight = stored[name].to(device).float()
                 weight = weight.t() if entry.layer.transposed else weight
-                weights[name] = round_plain(weight, entry.scheme, peaks.get(name)).to("cpu")
+                rounded = _rounded(session, name, weight, entry.scheme, peaks.get(name))
+                weights[name] = rounded.to("cpu")
             store.save(group[0], BlockResult(weights))
             del stored, weights
         release_freed()
         progress.report(group[0], BlockResult({}))
-    round_outside(plan, source, store, session.config)
+    given = session.config.calib.imatrix is not None
+    inputs = OutsideInputs(None, session.importance) if given else None
+    round_outside(plan, source, store, session.config, inputs)
+
+
+def _rounded(
+    session: Session, name: str, weight_OI: Tensor, scheme: QuantizationScheme, tensor_peak: Tensor | None
+) -> QuantizedTensor:
+    """Returns a weight rounded plainly, or with scales searched under the importance matrix that was given."""
+    if session.config.calib.imatrix is None:
+        return round_plain(weight_OI, scheme, tensor_peak)
+    seen = session.importance.get(name)
+    return round_searched(weight_OI, scheme, None if seen is None else seen.to(weight_OI.device), tensor_peak)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
@@ -177,12 +197,14 @@ class _Walk:
     progress: Progress
     reader: Background
     writer: Background
+    measured: MeasuredImportance | None
 
 
 def _tune_everything(session: Session, store: RunStore, data: CalibrationSet) -> None:
     config, plan = session.config, session.plan
-    outside_left = bool(plan.outside()) and not store.has(HEAD_BLOCK)
-    if all(store.has(group[0]) for group in plan.groups) and not outside_left:
+    measured = MeasuredImportance() if config.calib.write_imatrix is not None else None
+    outside_left = bool(plan.outside()) and (measured is not None or not store.has(HEAD_BLOCK))
+    if all(store.has(group[0]) for group in plan.groups) and not outside_left and measured is None:
         return
     tuner = tuner_for(config.tune)
     has_two = config.tune.enable_quanted_input and tuner.needs_targets
@@ -191,7 +213,7 @@ def _tune_everything(session: Session, store: RunStore, data: CalibrationSet) ->
     stream = _open_stream(session, data, quantized_chain=has_two, budget=budget)
     end_to_end.check_stream(stream, config)
     with Background() as reader, Background() as writer:
-        walk = _Walk(session, store, stream, tuner, budget, Progress(len(plan.groups)), reader, writer)
+        walk = _Walk(session, store, stream, tuner, budget, Progress(len(plan.groups)), reader, writer, measured)
         stored = None
         for index in range(len(plan.groups)):
             last = index == len(plan.groups) - 1 and not outside_left
@@ -199,16 +221,37 @@ def _tune_everything(session: Session, store: RunStore, data: CalibrationSet) ->
             stored = _pass_block(walk, index, stored, last=last)
             release_freed()
     if outside_left:
-        inputs = OutsideInputs(_head_inputs(stream, plan), stream.channel_means)
-        round_outside(plan, session.source, store, config, inputs)
+        means = {**stream.channel_means, **session.importance}
+        round_outside(plan, session.source, store, config, OutsideInputs(_head_inputs(stream, plan), means))
+    if measured is not None and distributed.is_writer():
+        seen = _head_inputs(stream, plan, stream.original) if outside_left else None
+        _write_importance(session, measured, seen, data)
 
 
-def _head_inputs(stream: BlockStream, plan: Plan) -> Tensor | None:
-    """Returns (R, H) what the output layer sees at real tokens, None if it is not quantized."""
+def _write_importance(
+    session: Session, measured: MeasuredImportance, head: Tensor | None, data: CalibrationSet
+) -> None:
+    config, plan = session.config.calib, session.plan
+    if head is not None:
+        measured.add(dict.fromkeys(output_layers(plan), sums_of(head)))
+    assert config.write_imatrix is not None
+    dataset = config.dataset if isinstance(config.dataset, str) else "calibration"
+    measured.write(
+        config.write_imatrix, session.source, plan.structure, samples=tuple(data.input_ids.shape), dataset=dataset
+    )
+    logger.info("wrote the importance matrix to %s", config.write_imatrix)
+
+
+def _head_inputs(stream: BlockStream, plan: Plan, chain_NTH: Tensor | None = None) -> Tensor | None:
+    """Returns (R, H) what the output layer sees at real tokens, None if it is not quantized.
+
+    Args:
+        chain_NTH: what the last block gives; None: as the quantized blocks give it.
+    """
     head, mask = plan.structure.head, stream.data.attention_mask
     if head is None or not output_layers(plan):
         return None
-    seen = stream.head_inputs(head, stream.quantized)
+    seen = stream.head_inputs(head, stream.quantized if chain_NTH is None else chain_NTH)
     return seen.flatten(0, -2) if mask is None else seen[mask.to(seen.device)]
 
 
@@ -227,6 +270,8 @@ def _pass_block(
     if index + 1 < len(session.plan.groups):
         walk.reader.begin(stream.read, index + 1)
     done = store.has(name)
+    if walk.measured is not None:
+        walk.measured.add(_inputs_of(session, stream, block))
     schemes = {name: entry.scheme for name, entry in session.plan.in_group(block.names).items()}
     choice = walk.budget.choose(stream, block, schemes)
     _follow(choice, stream)
@@ -247,6 +292,14 @@ def _pass_block(
         stream.advance(quantized, stream.stored(targets_NTH), replaced)
     walk.progress.report(block.name, result, resumed=done)
     return following
+
+
+def _inputs_of(session: Session, stream: BlockStream, block: Block) -> dict[str, ChannelSums]:
+    """Returns what the linear layers of a block see in the original model."""
+    linears = (linear.parameter for linear in session.plan.structure.linears)
+    inside = [name for name in linears if name.startswith(tuple(f"{one}." for one in block.names))]
+    assert stream.original is not None
+    return channel_sums(block, stream.original, stream.passes(), inside, mask_NT=stream.data.attention_mask)
 
 
 def _follow(choice: Choice, stream: BlockStream) -> None:
@@ -292,9 +345,15 @@ def _open_stream(
         storage=torch.device("cpu") if on_host else device,
         batch_size=config.tune.batch_size,
         quantized_chain=quantized_chain,
-        watched=[n for n, e in session.plan.outside().items() if e.layer.name != session.plan.structure.head],
+        watched=_watched(session.plan),
         shows_all_experts=config.calib.calibrate_all_experts,
     )
+
+
+def _watched(plan: Plan) -> list[str]:
+    """Returns the linear layers outside the blocks but the output layer; an embedding sees tokens, no channels."""
+    linear = {layer.parameter for layer in plan.structure.linears}
+    return [n for n, e in plan.outside().items() if n in linear and e.layer.name != plan.structure.head]
 
 
 def _tune_block(walk: _Walk, block: Block, targets_NTH: Tensor | None, choice: Choice) -> BlockResult:
@@ -311,6 +370,7 @@ def _tune_block(walk: _Walk, block: Block, targets_NTH: Tensor | None, choice: C
         batches=stream.passes(),
         seed=block_seed(session.config.tune.seed, block.names[0]),
         micro_batch=choice.micro_batch,
+        importance={n: session.importance[n].to(block.device) for n in entries if n in session.importance},
     )
     result = tune(task, session.config.tune) if entries else BlockResult({})
     return dataclasses.replace(result, weights={name: weight.to("cpu") for name, weight in result.weights.items()})

@@ -5,8 +5,11 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from torch import Tensor
 
 from auto_round import __version__, distributed, end_to_end
 from auto_round.calibration import CalibrationSet, has_pictures, load_calibration, load_pictures
@@ -15,6 +18,7 @@ from auto_round.config import RunConfig, parse_formats
 from auto_round.errors import ConfigError
 from auto_round.extra_tensors import extra_modules
 from auto_round.formats.base import prescription
+from auto_round.formats.gguf.importance import importance_of_model
 from auto_round.models import discover, keep_joined
 from auto_round.plan import Plan, resolve
 from auto_round.sources import open_source
@@ -31,6 +35,7 @@ class Session:
 
     Attributes:
         processor: of pictures, as given; None: the one in the model's folder.
+        importance: weight name -> (I,) mean squares of input channels from an importance matrix; empty without one.
     """
 
     config: RunConfig
@@ -38,6 +43,15 @@ class Session:
     tokenizer: Any
     plan: Plan
     processor: Any = None
+    importance: Mapping[str, Tensor] = dataclasses.field(default_factory=dict)
+
+    @property
+    def needs_calibration(self) -> bool:
+        """Whether quantization needs calibration text. An importance matrix takes its place where nothing is tuned."""
+        calib, tune = self.config.calib, self.config.tune
+        if self.plan.needs_calibration or calib.write_imatrix is not None:
+            return True
+        return tune.needs_calibration and bool(self.plan.quantized()) and (tune.iters > 0 or calib.imatrix is None)
 
 
 def open_session(config: RunConfig, *, tokenizer: Any = None, processor: Any = None) -> Session:
@@ -62,7 +76,11 @@ def open_session(config: RunConfig, *, tokenizer: Any = None, processor: Any = N
     prescribed = prescription(parse_formats(config.format), structure, source, tokenizer, config)
     plan = resolve(structure, config.scheme, nblocks=config.tune.nblocks, prescription=prescribed)
     end_to_end.check(config, plan)
-    return Session(_clip_seqlen(config, source.model, tokenizer), source, tokenizer, plan, processor)
+    importance: Mapping[str, Tensor] = {}
+    if config.calib.imatrix is not None:
+        shapes = {name: entry.layer.shape for name, entry in plan.quantized().items()}
+        importance = importance_of_model(config.calib.imatrix, source, structure, shapes)
+    return Session(_clip_seqlen(config, source.model, tokenizer), source, tokenizer, plan, processor, importance)
 
 
 def load_data(session: Session) -> CalibrationSet:
@@ -86,6 +104,7 @@ def fingerprint(session: Session, data: CalibrationSet | None) -> dict[str, Any]
         "groups": [list(group) for group in session.plan.groups],
         "cache_scales": session.plan.has_cache_scales,
         "tune": dataclasses.asdict(session.config.tune) if data is not None else {"iters": 0, "disable_opt_rtn": True},
+        "imatrix": _importance_identity(session.importance),
         "calibration": None if data is None else _data_identity(data),
         "all_experts": session.config.calib.calibrate_all_experts,
         "world_size": distributed.world_size(),
@@ -99,6 +118,15 @@ def _data_identity(data: CalibrationSet) -> str:
     for sample in data.media or ():
         for name in sorted(sample):
             digest.update(name.encode() + sample[name].contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _importance_identity(importance: Mapping[str, Tensor]) -> str | None:
+    if not importance:
+        return None
+    digest = hashlib.sha256()
+    for name in sorted(importance):
+        digest.update(name.encode() + importance[name].contiguous().numpy().tobytes())
     return digest.hexdigest()
 
 

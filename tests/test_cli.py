@@ -23,7 +23,8 @@ FLAGS = {
     "--enable_minmax_tuning", "--enable_norm_bias_tuning", "--enable_quanted_input", "--enable_torch_compile",
     "--e2e_lr", "--e2e_steps",
     "--eval_bs", "--format", "--formats", "--fp_layers", "--gradient_accumulate_steps", "--group_size", "--help",
-    "--ignore_layers", "--iter", "--iters", "--layer_config", "--low_gpu_mem_usage", "--lr", "--lr_scheduler",
+    "--ignore_layers", "--imatrix", "--iter", "--iters", "--layer_config", "--low_gpu_mem_usage", "--lr",
+    "--lr_scheduler",
     "--max_gpu_memory", "--max_shard_size", "--minmax_lr", "--mllm", "--model", "--model_dtype", "--model_name",
     "--model_name_or_path",
     "--nblocks", "--no_verify", "--not_use_best_mse", "--use_best_mse", "--disable_torch_compile",
@@ -32,7 +33,7 @@ FLAGS = {
     "--scheme", "--seed", "--static_kv_dtype",
     "--seq_len", "--seqlen", "--super_bits", "--super_group_size", "--sym", "--task", "--tasks",
     "--extra_data_dir", "--quant_nontext_module", "--template", "--truncation",
-    "--to_quant_block_names", "--train_bs", "--trust_remote_code", "--verify", "--work_dir", "-h",
+    "--to_quant_block_names", "--train_bs", "--trust_remote_code", "--verify", "--work_dir", "--write_imatrix", "-h",
 }  # fmt: skip
 
 

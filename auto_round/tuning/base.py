@@ -33,6 +33,7 @@ class TuningTask:
         batches: samples of each forward pass.
         seed: of everything random in this block, already mixed with its name.
         micro_batch: samples of one forward and backward pass of a step; None for as many as `TuneConfig.batch_size`.
+        importance: weight name -> (I,) mean squares of input channels that were given, in place of measured ones.
     """
 
     block: Block
@@ -45,6 +46,7 @@ class TuningTask:
     batches: Sequence[slice]
     seed: int
     micro_batch: int | None = None
+    importance: Mapping[str, Tensor] = dataclasses.field(default_factory=dict)
 
     def weight(self, name: str) -> Tensor:
         """Returns the original weight (O, I), in its stored precision, on the compute device."""

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 from torch import Tensor
 
 from auto_round.config import TuneConfig
@@ -57,9 +55,10 @@ class SearchedRounding:
     def __call__(self, task: TuningTask, config: TuneConfig) -> BlockResult:  # noqa: ARG002
         """Returns each weight rounded under the importance of its input channels."""
         inputs = task.inputs if task.original_inputs is None else task.original_inputs
-        importance: Mapping[str, Tensor] = group_products(
-            task.block, inputs, task.batches, task.schemes, mask_NT=task.mask
-        )
+        measured = {name: scheme for name, scheme in task.schemes.items() if name not in task.importance}
+        importance: dict[str, Tensor] = dict(task.importance)
+        if measured:
+            importance |= group_products(task.block, inputs, task.batches, measured, mask_NT=task.mask)
         peaks = task.tensor_peaks()
         weights = {
             name: round_searched(task.weight(name), scheme, importance.get(name), peaks.get(name))

@@ -244,7 +244,8 @@ def _make_weights(task: TuningTask, config: TuneConfig) -> dict[str, TunedWeight
     weights, peaks = {}, task.tensor_peaks()
     for name, scheme in task.schemes.items():
         data_type, weight = DATA_TYPES[scheme.data_type], task.weight(name)
-        range_ = data_type.search_range(weight, scheme, importance.get(name), peaks.get(name))
+        seen = task.importance.get(name, importance.get(name))
+        range_ = data_type.search_range(weight, scheme, seen, peaks.get(name))
         curvature = None
         if name in sensitivity and name in importance:
             # Loss = mean over tokens and D outputs, so its Gauss-Newton diagonal is 2/D E[x_j^2] c_i.
