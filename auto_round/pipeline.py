@@ -150,7 +150,7 @@ def _round_everything(session: Session, store: RunStore) -> None:
             schemes = {name: entry.scheme for name, entry in entries.items()}
             weights, peaks = {}, joined_peaks({name: stored[name] for name in entries}, schemes)
             for name, entry in entries.items():
-                weight = stored[name].to(device).float()
+                weight = stored[name].to(device)
                 weight = weight.t() if entry.layer.transposed else weight
                 weights[name] = round_plain(weight, entry.scheme, peaks.get(name)).to("cpu")
             store.save(group[0], BlockResult(weights))

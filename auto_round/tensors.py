@@ -7,7 +7,7 @@ not divide has a shorter last group; in grouped form that group is padded with z
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -149,6 +149,18 @@ def dequantize_by_rows(weight: QuantizedTensor, dtype: torch.dtype) -> Tensor:
 TENSOR_FIELDS = ("codes", "scale", "zero_point", "global_scale", "input_peak", "offset", "super_scale", "super_offset")
 # Those of them with a row for each row of the weight.
 ROW_FIELDS = ("codes", "scale", "zero_point", "offset", "super_scale", "super_offset")
+
+
+def join_rows(pieces: Sequence[QuantizedTensor]) -> QuantizedTensor:
+    """Returns the weight whose rows are those of the pieces, one after the other; what is no row is the first's."""
+    if len(pieces) == 1:
+        return pieces[0]
+    rows: dict[str, Any] = {}
+    for name in ROW_FIELDS:
+        parts = [getattr(piece, name) for piece in pieces]
+        if parts[0] is not None:
+            rows[name] = torch.cat(parts)
+    return dataclasses.replace(pieces[0], **rows)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)

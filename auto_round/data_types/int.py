@@ -22,7 +22,9 @@ from auto_round.data_types.base import (
     RoundingState,
     cast_ste,
     grouped_importance,
+    offset_by,
     round_ste,
+    to_codes,
 )
 from auto_round.data_types.int_search import search_asymmetric, search_symmetric
 from auto_round.schemes import QuantizationScheme
@@ -117,8 +119,8 @@ class IntDataType:
     def encode(self, weight_OI: Tensor, scheme: QuantizationScheme, range_: Range, params: Params) -> QuantizedTensor:
         """Returns codes and scales; `encode(...).dequantize()` equals `fake_quantize(...)` bit for bit."""
         scale, zero = _scale_and_zero(scheme, range_, params)
-        latent = to_groups(weight_OI.float(), scheme.group_size) / scale + params["rounding"]
-        codes = torch.clamp(latent.round() + zero, 0, 2**scheme.bits - 1).to(torch.uint8)
+        latent = offset_by(to_groups(weight_OI.float(), scheme.group_size) / scale, params)
+        codes = to_codes(latent, None if scheme.sym else zero, scheme.bits)
         zero_OG = None if scheme.sym else zero.squeeze(-1).to(torch.uint8)
         return QuantizedTensor(from_groups(codes, weight_OI.shape[1]).contiguous(), scale.squeeze(-1), zero_OG, scheme)
 
@@ -131,10 +133,13 @@ def _away_from_zero(scale: Tensor, scheme: QuantizationScheme) -> Tensor:
 def _scale_and_zero(scheme: QuantizationScheme, range_: Range, params: Params) -> tuple[Tensor, Tensor]:
     """Returns scale and zero point, (O, G, 1) float32 each, on the exact grid that is stored."""
     if scheme.sym:
-        scale = _away_from_zero(cast_ste(range_["scale"] * params["max_scale"], scheme.scale_dtype), scheme)
+        wanted = range_["scale"] * params["max_scale"] if params else range_["scale"]
+        scale = _away_from_zero(cast_ste(wanted, scheme.scale_dtype), scheme)
         return scale, torch.full_like(scale, 2 ** (scheme.bits - 1))
     top = 2**scheme.bits - 1
-    low, high = range_["low"] * params["min_scale"], range_["high"] * params["max_scale"]
+    low, high = range_["low"], range_["high"]
+    if params:
+        low, high = low * params["min_scale"], high * params["max_scale"]
     scale = cast_ste((high - low) / top, scheme.scale_dtype).clamp(min=MIN_SCALE[scheme.scale_dtype])
     zero = torch.clamp(round_ste(-low / scale), MIN_ZERO_POINT, top)
     return scale, zero

@@ -11,7 +11,17 @@ import torch
 from torch import Tensor
 
 from auto_round.data_types.affine_search import search_affine
-from auto_round.data_types.base import DATA_TYPES, MIN_SCALE, Params, Range, RoundingState, cast_ste, round_ste
+from auto_round.data_types.base import (
+    DATA_TYPES,
+    MIN_SCALE,
+    Params,
+    Range,
+    RoundingState,
+    cast_ste,
+    offset_by,
+    round_ste,
+    to_codes,
+)
 from auto_round.schemes import QuantizationScheme
 from auto_round.tensors import QuantizedTensor, from_groups, to_groups
 
@@ -81,8 +91,8 @@ class IntFloatMinimumDataType:
     def encode(self, weight_OI: Tensor, scheme: QuantizationScheme, range_: Range, params: Params) -> QuantizedTensor:
         """Returns codes and scales; `encode(...).dequantize()` equals `fake_quantize(...)` bit for bit."""
         scale, low = _scale_and_low(scheme, range_)
-        latent = (to_groups(weight_OI.float(), scheme.group_size) - low) / scale + params["rounding"]
-        codes = latent.round().clamp(0, 2**scheme.bits - 1).to(torch.uint8)
+        latent = offset_by((to_groups(weight_OI.float(), scheme.group_size) - low) / scale, params)
+        codes = to_codes(latent, torch.zeros_like(low), scheme.bits)
         codes = from_groups(codes, weight_OI.shape[1]).contiguous()
         return QuantizedTensor(codes, scale.squeeze(-1), None, scheme, offset=low.squeeze(-1))
 

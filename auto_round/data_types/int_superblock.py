@@ -19,7 +19,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from auto_round.data_types.base import DATA_TYPES, Params, Range, RoundingState, round_ste
+from auto_round.data_types.base import DATA_TYPES, Params, Range, RoundingState, offset_by, round_ste
 from auto_round.data_types.superblock_search import grid_of, search_superblocks
 from auto_round.schemes import QuantizationScheme
 from auto_round.tensors import QuantizedTensor, from_groups, to_groups
@@ -117,7 +117,7 @@ class SuperBlockDataType:
         """Returns codes and scales; `encode(...).dequantize()` equals `fake_quantize(...)` bit for bit."""
         grid = grid_of(scheme)
         scale, minimum = _scale_and_minimum(scheme, range_)
-        latent = _latent(weight_OI, scheme, scale, minimum) + params["rounding"]
+        latent = offset_by(_latent(weight_OI, scheme, scale, minimum), params)
         codes = (latent.round().clamp(*grid.bounds) - grid.bounds[0]).to(torch.uint8)
         return QuantizedTensor(
             codes=from_groups(codes, weight_OI.shape[1]).contiguous(),
