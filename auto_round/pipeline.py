@@ -25,6 +25,7 @@ from auto_round.device import compute_device, compute_dtype, repeatable_kernels
 from auto_round.formats import FormatTarget, export, verify
 from auto_round.formats.export import HEAD_BLOCK, checked_targets
 from auto_round.memory import release_freed
+from auto_round.model_free import round_folder
 from auto_round.outside import OutsideInputs, output_layers, round_outside
 from auto_round.plan import Plan
 from auto_round.progress import Progress
@@ -74,6 +75,10 @@ def run(session: Session) -> RunResult:
     config = session.config
     wanted = format_targets(session)
     work = Path(config.work_dir) if config.work_dir else Path(config.output_dir) / WORK_FOLDER
+    if config.model_free:
+        seconds = round_folder(session, wanted) if distributed.is_writer() else 0.0
+        distributed.barrier()
+        return RunResult(tuple(target.folder for target in wanted), {}, seconds)
     started = time.monotonic()
     store = quantize(session, work)
     seconds = time.monotonic() - started

@@ -7,7 +7,7 @@ not divide has a shorter last group; in grouped form that group is padded with z
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -151,16 +151,23 @@ TENSOR_FIELDS = ("codes", "scale", "zero_point", "global_scale", "input_peak", "
 ROW_FIELDS = ("codes", "scale", "zero_point", "offset", "super_scale", "super_offset")
 
 
-def join_rows(pieces: Sequence[QuantizedTensor]) -> QuantizedTensor:
-    """Returns the weight whose rows are those of the pieces, one after the other; what is no row is the first's."""
-    if len(pieces) == 1:
-        return pieces[0]
-    rows: dict[str, Any] = {}
-    for name in ROW_FIELDS:
-        parts = [getattr(piece, name) for piece in pieces]
-        if parts[0] is not None:
-            rows[name] = torch.cat(parts)
-    return dataclasses.replace(pieces[0], **rows)
+def join_rows(pieces: Iterable[tuple[slice, QuantizedTensor]], row_count: int) -> QuantizedTensor:
+    """Returns the weight whose rows are those of the pieces; what is no row is the first one's.
+
+    Args:
+        pieces: rows and what they are; each may be made when the one before was copied.
+        row_count: rows of the whole, all of which are in some piece.
+    """
+    joined: QuantizedTensor | None = None
+    for rows, piece in pieces:
+        own = {name: tensor for name in ROW_FIELDS if (tensor := getattr(piece, name)) is not None}
+        if joined is None:
+            whole: dict[str, Any] = {n: t.new_empty((row_count, *t.shape[1:])) for n, t in own.items()}
+            joined = dataclasses.replace(piece, **whole)
+        for name, tensor in own.items():
+            getattr(joined, name)[rows] = tensor
+    assert joined is not None
+    return joined
 
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)

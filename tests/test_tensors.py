@@ -153,8 +153,7 @@ def test_joined_rows_are_those_of_the_pieces():
         )
         for rows in (1, 2)
     ]  # fmt: skip
-    joined = join_rows(pieces)
+    joined = join_rows([(slice(0, 1), pieces[0]), (slice(1, 3), pieces[1])], 3)
     assert joined.codes.tolist() == [[1] * 4, [2] * 4, [2] * 4]
     assert joined.scale.tolist() == [[1.0, 1.0], [2.0, 2.0], [2.0, 2.0]]
     assert joined.zero_point.tolist() == [[1, 1], [2, 2], [2, 2]]
-    assert join_rows(pieces[:1]) is pieces[0]

@@ -11,6 +11,9 @@ import math
 import torch
 from torch import Tensor
 
+# Intermediates of so many codes stay in a CPU's cache.
+CODES_AT_A_TIME = 1 << 18
+
 
 def codes_per_unit(bits: int) -> int:
     """Returns the smallest number of codes that fills whole 32-bit words."""
@@ -37,7 +40,11 @@ def pack_bits(codes: Tensor, bits: int) -> Tensor:
     padding = -count % codes_per_unit(bits)
     padded = torch.nn.functional.pad(codes, (0, padding)) if padding else codes
     flat = padded.contiguous().view(-1)
-    packed = _joined_in_pairs(flat, bits) if bits in (1, 2, 4, 8) else _joined_in_eights(flat, bits)
+    packed = flat.new_empty(flat.numel() * bits // 8)
+    join = _joined_in_pairs if bits in (1, 2, 4, 8) else _joined_in_eights
+    step = CODES_AT_A_TIME if flat.device.type == "cpu" else max(flat.numel(), 8)
+    for piece, own in zip(flat.split(step), packed.split(step * bits // 8), strict=True):
+        own.copy_(join(piece, bits))
     return packed.view(torch.int32).view(*codes.shape[:-1], packed_words(count, bits))
 
 

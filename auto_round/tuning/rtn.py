@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor
 
 from auto_round.config import TuneConfig
@@ -27,11 +28,12 @@ def round_plain(weight_OI: Tensor, scheme: QuantizationScheme, tensor_peak: Tens
     data_type = DATA_TYPES[scheme.data_type]
     if data_type.has_tensor_scale and tensor_peak is None:
         tensor_peak = weight_OI.abs().amax().float()
-    rounded = []
-    for rows in _row_pieces(weight_OI, scheme):
+
+    def rounded(rows: slice) -> QuantizedTensor:
         piece = weight_OI[rows].float().contiguous()
-        rounded.append(data_type.encode(piece, scheme, data_type.minmax_range(piece, scheme, tensor_peak), UNTOUCHED))
-    return join_rows(rounded)
+        return data_type.encode(piece, scheme, data_type.minmax_range(piece, scheme, tensor_peak), UNTOUCHED)
+
+    return join_rows(((rows, rounded(rows)) for rows in _row_pieces(weight_OI, scheme)), weight_OI.shape[0])
 
 
 def round_searched(
@@ -53,7 +55,8 @@ def _row_pieces(weight_OI: Tensor, scheme: QuantizationScheme) -> list[slice]:
     if scheme.group_size == 0:
         return [slice(0, rows)]
     shared = shared_rows(rows, scheme.group_size)
-    elements = ELEMENTS_AT_A_TIME["cpu" if weight_OI.device.type == "cpu" else "gpu"]
+    on_cpu = weight_OI.device.type == "cpu"
+    elements = ELEMENTS_AT_A_TIME["cpu"] * torch.get_num_threads() if on_cpu else ELEMENTS_AT_A_TIME["gpu"]
     step = max(1, elements // (width * shared)) * shared
     return [slice(start, start + step) for start in range(0, rows, step)]
 
