@@ -43,7 +43,7 @@ def pack_bits(codes: Tensor, bits: int) -> Tensor:
     packed = flat.new_empty(flat.numel() * bits // 8)
     join = _joined_in_pairs if bits in (1, 2, 4, 8) else _joined_in_eights
     step = CODES_AT_A_TIME if flat.device.type == "cpu" else max(flat.numel(), 8)
-    for piece, own in zip(flat.split(step), packed.split(step * bits // 8), strict=True):
+    for piece, own in zip(torch.split(flat, step), torch.split(packed, step * bits // 8), strict=True):
         own.copy_(join(piece, bits))
     return packed.view(torch.int32).view(*codes.shape[:-1], packed_words(count, bits))
 

@@ -30,6 +30,9 @@ EXTRA = re.compile(r"mtp|nextn|medusa|eagle", re.IGNORECASE)
 TRANSPOSED_EXPERTS = {"gpt_oss": True, "llama4": False, "llama4_text": False}
 UNKNOWN_EXPERTS = "experts fused in a way that is not known are kept in 16 bits"
 FUSED = re.compile(r"expert|moe|(input|output)_linear")
+# Models whose code turns fused experts around when it loads them, so that it would not find single ones.
+CONVERTED_EXPERTS = ("qwen3_vl_moe",)
+NO_WORDS = re.compile(r"vis(ion|ual)|image|audio|speech|video|pos(ition|_)|wpe|patch|type", re.IGNORECASE)
 VISION = re.compile(r"vis(ion|ual)|image|audio|speech|video", re.IGNORECASE)
 
 
@@ -69,6 +72,8 @@ def fused_experts_of(shapes: Shapes, model_type: str) -> dict[str, FusedLayout]:
             continue
         start = module + "."
         own = {k.removeprefix(start): s for k, s in shapes.items() if k.startswith(start)}
+        if model_type in CONVERTED_EXPERTS:
+            continue
         layout = layout_of_shapes(own, transposed=None, interleaved=False)
         if layout is None or (layout.transposed and layout.gated and model_type not in TRANSPOSED_EXPERTS):
             continue
@@ -127,7 +132,7 @@ def discover_by_names(
 def embedding_key(shapes: Shapes, facts: ModelFacts) -> str | None:
     """Returns the key of the word embedding, or None."""
     outside = [key for key in shapes if key.endswith(WEIGHT) and len(shapes[key]) == 2 and _first_list(key) is None]
-    named = [key for key in outside if EMBEDDING.search(_leaf(key)) and not VISION.search(key)]
+    named = [key for key in outside if EMBEDDING.search(_leaf(key)) and not NO_WORDS.search(key)]
     sized = [key for key in named if facts.vocab_size is not None and shapes[key][0] >= facts.vocab_size]
     return max(sized or named, key=lambda key: (shapes[key][0], -len(key)), default=None)
 
