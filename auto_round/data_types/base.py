@@ -154,21 +154,25 @@ def offset_by(latent_OGK: Tensor, params: Params) -> Tensor:
     return latent_OGK + params["rounding"] if "rounding" in params else latent_OGK
 
 
-def to_codes(latent_OGK: Tensor, zero_point: Tensor | None, bits: int) -> Tensor:
-    """Returns uint8 codes clamp(round(latent) + zero point, 0, 2**bits - 1). Overwrites `latent_OGK`.
+def to_codes(latent_OGK: Tensor, zero_point: Tensor | None, bounds: tuple[int, int]) -> Tensor:
+    """Returns uint8 codes clamp(round(latent) + zero point, *bounds), counted from the first. Overwrites `latent_OGK`.
 
     Codes go through signed bytes, less half of the range: torch has vector code for these, but turns a float into an
     unsigned byte one by one, which takes longer than everything else here.
 
     Args:
         latent_OGK: float32.
-        zero_point: whole numbers that broadcast; None: half of the range.
+        zero_point: (O, G, 1) whole numbers, or None for 0.
+        bounds: first and last code, at most 255 apart.
     """
-    half = 2 ** (bits - 1)
+    first, span = bounds[0], bounds[1] - bounds[0]
+    half = (span + 1) // 2
     rounded = latent_OGK.round_()
-    if zero_point is not None:
-        rounded.add_(zero_point - half)
-    return rounded.clamp_(-half, half - 1).to(torch.int8).view(torch.uint8).add_(half)
+    if zero_point is None:
+        rounded.add_(-first - half)
+    elif bool((shift := zero_point - (first + half)).any()):  # symmetric integers need none
+        rounded.add_(shift)
+    return rounded.clamp_(-half, span - half).to(torch.int8).view(torch.uint8).add_(half)
 
 
 def cast_ste(x: Tensor, dtype_name: str) -> Tensor:

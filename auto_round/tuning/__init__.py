@@ -5,6 +5,8 @@ from collections.abc import Mapping, Sequence
 
 from auto_round.config import TuneConfig
 from auto_round.tensors import BlockResult
+from auto_round.tuning import fused_float as _fused_float  # noqa: F401
+from auto_round.tuning import fused_int as _fused_int  # noqa: F401
 from auto_round.tuning.activations import (
     calibrated_peaks,
     input_quantizers,
@@ -57,5 +59,5 @@ def idle(tokens: Mapping[str, Sequence[int]]) -> str:
 def tuner_for(config: TuneConfig) -> Tuner:
     """Returns the tuner that a configuration asks for."""
     if config.iters > 0:
-        return SignRound(needs_original_inputs=config.enable_alg_ext)
+        return SignRound()
     return PlainRounding() if config.disable_opt_rtn else SearchedRounding()

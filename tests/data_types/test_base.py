@@ -197,12 +197,12 @@ def test_untouched_parameters_are_the_fresh_ones(scheme):
     assert bare.zero_point is None or torch.equal(bare.zero_point, fresh.zero_point)
 
 
-@pytest.mark.parametrize("bits", range(2, 9))
-@pytest.mark.parametrize("zero", [None, 1, 0, 200])
-def test_codes_are_rounded_moved_by_the_zero_point_and_clamped(bits, zero):
+@pytest.mark.parametrize("bounds", [(0, 2**bits - 1) for bits in range(2, 9)] + [(-4, 3), (-32, 31)], ids=str)
+@pytest.mark.parametrize("zero", [None, 1, 0, 8, 200])
+def test_codes_are_rounded_moved_by_the_zero_point_and_clamped(bounds, zero):
     latent = torch.tensor([0.5, 1.5, -0.5, -0.51, 2.0**30, -(2.0**30), 3e38, -3e38, -0.0, 127.5, -128.5])
-    shift = 2 ** (bits - 1) if zero is None else zero
     # Python rounds ties to even too, and its integers do not overflow.
-    expected = [min(max(round(value) + shift, 0), 2**bits - 1) for value in latent.tolist()]
+    first, last = bounds
+    expected = [min(max(round(value) + (zero or 0), first), last) - first for value in latent.tolist()]
     given = None if zero is None else torch.tensor([float(zero)])
-    assert to_codes(latent, given, bits).tolist() == expected
+    assert to_codes(latent, given, bounds).tolist() == expected
