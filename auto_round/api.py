@@ -20,6 +20,7 @@ from auto_round.config import PARTS, RunConfig, TuneConfig, parse_formats, parse
 from auto_round.errors import ConfigError
 from auto_round.formats import FormatTarget
 from auto_round.formats.export import checked_targets
+from auto_round.model_free import round_folder
 from auto_round.models.base import LinearInfo, is_linear, is_transposed
 from auto_round.plan import Plan, fit_group
 from auto_round.schemes import QuantizationScheme, to_scheme
@@ -161,8 +162,11 @@ class AutoRound:
     def quantize_and_save(
         self, output_dir: str | Path = "tmp_autoround", format: str = "auto_round", **unused: Any
     ) -> tuple[Any, list[Path]]:
-        """Checks the formats, quantizes, writes. Returns the model and the folders."""
-        self._checked_targets(output_dir, format, unused)
+        """Checks the formats, quantizes, writes. Returns the model (empty with `model_free`) and the folders."""
+        wanted = self._checked_targets(output_dir, format, unused)
+        if self.config.model_free:
+            round_folder(self.session, wanted)
+            return self.model, [target.folder for target in wanted]
         model, _ = self.quantize()
         return model, self.save_quantized(output_dir, format, **unused)
 

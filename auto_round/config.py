@@ -145,7 +145,9 @@ class TuneConfig:
         True, "keep the last step; off: the one with the least loss on its own samples", off="--use_best_mse"
     )
     dynamic_max_gap: int = option(-1, "stop a block after this many steps without a better loss; -1: never")
-    disable_opt_rtn: bool = option(False, "with --iters 0: plain rounding, without the search for scales")
+    disable_opt_rtn: bool = option(
+        False, "with --iters 0: plain rounding, without the search for scales", off="--enable_opt_rtn"
+    )
     adam: bool = option(False, "AdamW instead of sign steps")
     sampler: str = option("rand", "how samples are drawn: rand, epoch")
     amp: bool = option(True, "run blocks in 16 bits on GPUs", off="--disable_amp")
@@ -236,6 +238,9 @@ class RunConfig:
     max_shard_size: str = option("5GB", "largest size of a file of weights")
     verify: bool = option(True, "reopen each written checkpoint and check it", off="--no_verify")
     trust_remote_code: bool = option(False, "run model code that comes with the checkpoint")
+    model_free: bool = option(
+        False, "round the files tensor by tensor, without the model's code; plain rounding", off="--disable_model_free"
+    )
     scheme: SchemeConfig = dataclasses.field(default_factory=SchemeConfig)
     calib: CalibConfig = dataclasses.field(default_factory=CalibConfig)
     tune: TuneConfig = dataclasses.field(default_factory=TuneConfig)
@@ -247,6 +252,11 @@ class RunConfig:
             parse_size(self.max_gpu_memory)
         if self.calib.imatrix is not None and not self.tune.needs_calibration:
             raise ConfigError("imatrix weights the search for scales, and disable_opt_rtn turns it off. Leave one out")
+        if self.model_free and (self.tune.iters or self.end_to_end.e2e_steps):
+            raise ConfigError(
+                f"model_free rounds without tuning, but iters={self.tune.iters} and "
+                f"e2e_steps={self.end_to_end.e2e_steps} were asked for. Leave these out, or leave out model_free"
+            )
         if self.model_dtype is not None and self.model_dtype not in MODEL_DTYPES:
             raise ConfigError(f"model_dtype={self.model_dtype!r} (allowed: {', '.join(MODEL_DTYPES)})")
 
@@ -268,6 +278,8 @@ class RunConfig:
             if name in owners:
                 parts[owners[name]][name] = value
         rest = {name: value for name, value in options.items() if name not in owners}
+        if rest.get("model_free"):
+            parts["tune"] = {"iters": 0, "disable_opt_rtn": True, **parts["tune"]}
         return cls(**rest, **{part: kind(**parts[part]) for part, kind in PARTS.items()})
 
 

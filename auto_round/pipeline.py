@@ -28,6 +28,7 @@ from auto_round.formats import FormatTarget, export, verify
 from auto_round.formats.export import HEAD_BLOCK, checked_targets
 from auto_round.formats.gguf.importance import MeasuredImportance
 from auto_round.memory import release_freed
+from auto_round.model_free import round_folder
 from auto_round.outside import OutsideInputs, output_layers, round_outside
 from auto_round.plan import Plan
 from auto_round.progress import Progress
@@ -82,6 +83,10 @@ def run(session: Session) -> RunResult:
     config = session.config
     wanted = format_targets(session)
     work = Path(config.work_dir) if config.work_dir else Path(config.output_dir) / WORK_FOLDER
+    if config.model_free:
+        seconds = round_folder(session, wanted) if distributed.is_writer() else 0.0
+        distributed.barrier()
+        return RunResult(tuple(target.folder for target in wanted), {}, seconds)
     started = time.monotonic()
     store = quantize(session, work)
     seconds = time.monotonic() - started
@@ -162,7 +167,7 @@ def _round_everything(session: Session, store: RunStore) -> None:
             schemes = {name: entry.scheme for name, entry in entries.items()}
             weights, peaks = {}, joined_peaks({name: stored[name] for name in entries}, schemes)
             for name, entry in entries.items():
-                weight = stored[name].to(device).float()
+                weight = stored[name].to(device)
                 weight = weight.t() if entry.layer.transposed else weight
                 rounded = _rounded(session, name, weight, entry.scheme, peaks.get(name))
                 weights[name] = rounded.to("cpu")

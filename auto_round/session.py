@@ -15,13 +15,14 @@ from auto_round import __version__, distributed, end_to_end
 from auto_round.calibration import CalibrationSet, has_pictures, load_calibration, load_pictures
 from auto_round.checkpoint import WeightSource, load_processor, resolve_folder
 from auto_round.config import RunConfig, parse_formats
-from auto_round.errors import ConfigError
+from auto_round.errors import ConfigError, UnsupportedError
 from auto_round.extra_tensors import extra_modules
-from auto_round.formats.base import prescription
+from auto_round.formats.base import EXPORTERS, FileExporter, prescription
 from auto_round.formats.gguf.importance import importance_of_model
 from auto_round.models import discover, keep_joined
 from auto_round.plan import Plan, resolve
 from auto_round.sources import open_source
+from auto_round.sources.named import open_named
 
 logger = logging.getLogger(__name__)
 
@@ -66,11 +67,13 @@ def open_session(config: RunConfig, *, tokenizer: Any = None, processor: Any = N
     if config.model is None:
         raise ConfigError("no model given. Write --model FOLDER_OR_NAME")
     model = resolve_folder(str(config.model)) if isinstance(config.model, (str, Path)) else config.model
+    names = config.scheme.to_quant_block_names
+    lists = [name.strip() for name in names.split(",")] if isinstance(names, str) else names
+    if config.model_free:
+        return _open_without_model(config, model, lists, tokenizer)
     source = open_source(model, trust_remote_code=config.trust_remote_code)
     if tokenizer is None and source.folder is not None:
         tokenizer = _load_tokenizer(source.folder, config)
-    names = config.scheme.to_quant_block_names
-    lists = [name.strip() for name in names.split(",")] if isinstance(names, str) else names
     structure = keep_joined(discover(source.model, lists), set(source.keys().values()), source.fused_experts())
     structure = dataclasses.replace(structure, extra_modules=extra_modules(source))
     prescribed = prescription(parse_formats(config.format), structure, source, tokenizer, config)
@@ -80,7 +83,29 @@ def open_session(config: RunConfig, *, tokenizer: Any = None, processor: Any = N
     if config.calib.imatrix is not None:
         shapes = {name: entry.layer.shape for name, entry in plan.quantized().items()}
         importance = importance_of_model(config.calib.imatrix, source, structure, shapes)
-    return Session(_clip_seqlen(config, source.model, tokenizer), source, tokenizer, plan, processor, importance)
+    clipped = _clip_seqlen(config, _longest(source.model, tokenizer))
+    return Session(clipped, source, tokenizer, plan, processor, importance)
+
+
+def _open_without_model(config: RunConfig, model: Any, lists: list[str] | None, tokenizer: Any) -> Session:
+    """Returns a session whose plan is made from the names of a folder's tensors."""
+    if not isinstance(model, Path):
+        raise ConfigError("model_free reads the files of a folder. Give a folder or hub name, or leave out model_free")
+    formats = parse_formats(config.format)
+    files = [name for name in formats if name in EXPORTERS and isinstance(EXPORTERS[name], FileExporter)]
+    if files:
+        able = [name for name, exporter in EXPORTERS.items() if not isinstance(exporter, FileExporter)]
+        raise UnsupportedError(
+            f"model_free cannot write {', '.join(files)}, which needs the model. It writes {', '.join(able)}"
+        )
+    source = open_named(model)
+    plan = resolve(source.structure(lists), config.scheme)
+    if plan.needs_calibration:
+        raise ConfigError(
+            "model_free sees no calibration text, but ranges of activations or scales of a cache are asked for. Use a "
+            "scheme with dynamic activations or none, such as FP8_DYNAMIC or W4A16, or leave out model_free"
+        )
+    return Session(_clip_seqlen(config, source.longest()), source, tokenizer, plan)
 
 
 def load_data(session: Session) -> CalibrationSet:
@@ -150,11 +175,15 @@ def _load_tokenizer(folder: Path, config: RunConfig) -> Any:
         return None
 
 
-def _clip_seqlen(config: RunConfig, model: Any, tokenizer: Any) -> RunConfig:
-    """Returns the config with seqlen no longer than the model's positions and the tokenizer's limit."""
+def _longest(model: Any, tokenizer: Any) -> list[Any]:
+    """Returns the model's positions and the tokenizer's limit, in whatever form they have them."""
     model_config = getattr(model, "config", None)
     text_config = model_config.get_text_config() if hasattr(model_config, "get_text_config") else model_config
-    limits = [getattr(text_config, "max_position_embeddings", None), getattr(tokenizer, "model_max_length", None)]
+    return [getattr(text_config, "max_position_embeddings", None), getattr(tokenizer, "model_max_length", None)]
+
+
+def _clip_seqlen(config: RunConfig, limits: list[Any]) -> RunConfig:
+    """Returns the config with seqlen no longer than any limit that is a number."""
     longest = min([limit for limit in limits if isinstance(limit, int) and limit > 0], default=config.calib.seqlen)
     if config.calib.seqlen <= longest:
         return config

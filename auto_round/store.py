@@ -10,9 +10,9 @@ import contextlib
 import dataclasses
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -28,6 +28,26 @@ RUN_FILE = "run.json"
 SCALES_FILE = "end_to_end.safetensors"
 SHOWN_DIFFERENCES = 12
 SCALE_FIELDS = ("scale", "global_scale", "offset", "super_scale", "super_offset")
+
+
+class Results(Protocol):
+    """Quantized blocks by name, as the check of a written checkpoint reads them."""
+
+    def finished(self) -> Iterable[str]:
+        """Returns the names of the blocks that are there."""
+        ...
+
+    def load(self, block: str) -> BlockResult:
+        """Returns the result of a block."""
+        ...
+
+    def plain(self, block: str) -> dict[str, Tensor]:
+        """Returns tuned tensors in 16 bits."""
+        ...
+
+    def cache_scales(self, block: str) -> dict[str, Tensor]:
+        """Returns scales of an FP8 key/value cache."""
+        ...
 
 
 class RunStore:

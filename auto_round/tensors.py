@@ -7,7 +7,7 @@ not divide has a shorter last group; in grouped form that group is padded with z
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -149,6 +149,25 @@ def dequantize_by_rows(weight: QuantizedTensor, dtype: torch.dtype) -> Tensor:
 TENSOR_FIELDS = ("codes", "scale", "zero_point", "global_scale", "input_peak", "offset", "super_scale", "super_offset")
 # Those of them with a row for each row of the weight.
 ROW_FIELDS = ("codes", "scale", "zero_point", "offset", "super_scale", "super_offset")
+
+
+def join_rows(pieces: Iterable[tuple[slice, QuantizedTensor]], row_count: int) -> QuantizedTensor:
+    """Returns the weight whose rows are those of the pieces; what is no row is the first one's.
+
+    Args:
+        pieces: rows and what they are; each may be made when the one before was copied.
+        row_count: rows of the whole, all of which are in some piece.
+    """
+    joined: QuantizedTensor | None = None
+    for rows, piece in pieces:
+        own = {name: tensor for name in ROW_FIELDS if (tensor := getattr(piece, name)) is not None}
+        if joined is None:
+            whole: dict[str, Any] = {n: t.new_empty((row_count, *t.shape[1:])) for n, t in own.items()}
+            joined = dataclasses.replace(piece, **whole)
+        for name, tensor in own.items():
+            getattr(joined, name)[rows] = tensor
+    assert joined is not None
+    return joined
 
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)

@@ -33,6 +33,7 @@ FLAGS = {
     "--scheme", "--seed", "--static_kv_dtype",
     "--seq_len", "--seqlen", "--super_bits", "--super_group_size", "--sym", "--task", "--tasks",
     "--extra_data_dir", "--quant_nontext_module", "--template", "--truncation",
+    "--disable_model_free", "--enable_opt_rtn", "--model_free",
     "--to_quant_block_names", "--train_bs", "--trust_remote_code", "--verify", "--work_dir", "--write_imatrix", "-h",
 }  # fmt: skip
 

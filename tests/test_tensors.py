@@ -11,6 +11,7 @@ from auto_round.tensors import (
     expand_groups,
     from_groups,
     group_count,
+    join_rows,
     to_groups,
 )
 
@@ -141,3 +142,18 @@ def test_a_block_result_sums_up_without_tensors():
     result = BlockResult({}, first_loss=2.0, best_loss=1.0, best_step=7, note="x", expert_tokens=tokens)
     expected = {"first_loss": 2.0, "best_loss": 1.0, "best_step": 7, "note": "x", "expert_tokens": tokens}
     assert result.summary() == expected
+
+
+def test_joined_rows_are_those_of_the_pieces():
+    scheme = QuantizationScheme(bits=4, group_size=2, sym=False)
+    pieces = [
+        QuantizedTensor(
+            torch.full((rows, 4), rows, dtype=torch.uint8), torch.full((rows, 2), float(rows)),
+            torch.full((rows, 2), rows, dtype=torch.uint8), scheme,
+        )
+        for rows in (1, 2)
+    ]  # fmt: skip
+    joined = join_rows([(slice(0, 1), pieces[0]), (slice(1, 3), pieces[1])], 3)
+    assert joined.codes.tolist() == [[1] * 4, [2] * 4, [2] * 4]
+    assert joined.scale.tolist() == [[1.0, 1.0], [2.0, 2.0], [2.0, 2.0]]
+    assert joined.zero_point.tolist() == [[1, 1], [2, 2], [2, 2]]

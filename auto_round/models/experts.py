@@ -113,28 +113,42 @@ class FusedLayout:
 
 def fused_layout(module: nn.Module) -> FusedLayout | None:
     """Returns how a module fuses its experts, or None if it does not, or in a way that is not known."""
-    own = dict(module.named_parameters(recurse=False))
-    first = GATE_UP if GATE_UP in own else UP
-    known = {first, DOWN, first + BIAS, DOWN + BIAS}
-    if not {first, DOWN} <= own.keys() <= known or own[first].ndim != 3 or own[DOWN].ndim != 3:
-        return None
     if getattr(module, "has_post_expert_norm", False):
         return None
+    layout = layout_of_shapes(
+        {name: tuple(tensor.shape) for name, tensor in module.named_parameters(recurse=False)},
+        transposed=getattr(module, "is_transposed", None),
+        interleaved=not getattr(module, "is_concatenated", True),
+    )
+    if layout is None:
+        return None
+    return dataclasses.replace(layout, sorted_input=len(inspect.signature(type(module).forward).parameters) == 2)
+
+
+def layout_of_shapes(
+    shapes: Mapping[str, tuple[int, ...]], *, transposed: bool | None, interleaved: bool
+) -> FusedLayout | None:
+    """Returns how tensors of these names and shapes hold experts, or None if in no way that is known.
+
+    Args:
+        shapes: name below the module -> shape.
+        transposed: None: as the shapes say.
+    """
+    first = GATE_UP if GATE_UP in shapes else UP
+    known = {first, DOWN, first + BIAS, DOWN + BIAS}
+    if not {first, DOWN} <= shapes.keys() <= known or len(shapes[first]) != 3 or len(shapes[DOWN]) != 3:
+        return None
     parts = 2 if first == GATE_UP else 1
-    (count, *wide), (_, *narrow) = own[first].shape, own[DOWN].shape
-    # Where the module does not say it: with a gate, one tensor is wider, which tells; without, (E, O, I) is usual.
+    (count, *wide), (_, *narrow) = shapes[first], shapes[DOWN]
+    # Where nobody says it: with a gate, one tensor is wider, which tells; without, (E, O, I) is usual.
     plain = parts == 1 or wide == [parts * narrow[1], narrow[0]]
-    transposed = getattr(module, "is_transposed", not plain)
+    transposed = not plain if transposed is None else transposed
     width, inner = (wide[0], narrow[0]) if transposed else (wide[1], narrow[1])
     expected = [[width, parts * inner], [inner, width]] if transposed else [[parts * inner, width], [width, inner]]
     if [wide, narrow] != expected:
         return None
     return FusedLayout(
-        count=count,
-        gated=parts == 2,
-        interleaved=not getattr(module, "is_concatenated", True),
-        transposed=transposed,
-        sorted_input=len(inspect.signature(type(module).forward).parameters) == 2,
+        count=count, gated=parts == 2, interleaved=interleaved, transposed=transposed, sorted_input=False
     )
 
 

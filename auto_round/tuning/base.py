@@ -73,14 +73,19 @@ def joined_peaks(weights: Mapping[str, Tensor], schemes: Mapping[str, Quantizati
     """
     if not any(DATA_TYPES[scheme.data_type].has_tensor_scale for scheme in schemes.values()):
         return {}
-    peaks = {name: weight.abs().amax().float() for name, weight in weights.items()}
+    return join_peaks({name: weight.abs().amax().float() for name, weight in weights.items()})
+
+
+def join_peaks(peaks: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Returns weight name -> the largest magnitude of it and those that serving engines join with it, given its own."""
+    found = dict(peaks)
     for members in FUSED_GROUPS:
-        for name in weights:
+        for name in peaks:
             stem, _, leaf = name.removesuffix(".weight").rpartition(".")
-            joined = [f"{stem}.{member}.weight" for member in members if f"{stem}.{member}.weight" in weights]
+            joined = [f"{stem}.{member}.weight" for member in members if f"{stem}.{member}.weight" in peaks]
             if leaf == members[0]:
-                peaks |= dict.fromkeys(joined, torch.stack([peaks[other] for other in joined]).amax())
-    return peaks
+                found |= dict.fromkeys(joined, torch.stack([found[other] for other in joined]).amax())
+    return found
 
 
 class Tuner(Protocol):
