@@ -22,6 +22,7 @@ from auto_round.formats import FormatTarget
 from auto_round.formats.export import checked_targets
 from auto_round.models.base import LinearInfo, is_linear, is_transposed
 from auto_round.plan import Plan, fit_group
+from auto_round.recipes import recipe_options
 from auto_round.schemes import QuantizationScheme, to_scheme
 from auto_round.session import open_session
 from auto_round.store import RunStore
@@ -63,7 +64,8 @@ class AutoRound:
         processor: of a loaded vision-language model, for calibration with pictures; saved beside the weights.
         image_processor: saved beside the weights where there is no processor.
         options: every field of `config.py`, by keyword: scheme or bits/group_size/sym, layer_config, iters, nsamples,
-            seqlen, dataset, batch_size, lr, enable_alg_ext ...
+            seqlen, dataset, batch_size, lr, enable_alg_ext ...; and `recipe`, a name, a JSON file or a dictionary of
+            options, which those given beside it win over.
     Raises:
         ConfigError: an unknown option or a value that is not allowed, before any work.
 
@@ -85,7 +87,9 @@ class AutoRound:
             options.pop(old, None)
         if options.get("layer_config") is not None:
             options["layer_config"] = parse_layer_config(options["layer_config"])
+        recipe = options.pop("recipe", None)
         given = {name: value for name, value in options.items() if value is not None}
+        given = given if recipe is None else {**recipe_options(recipe), **given}
         if "device" in given:
             given["device"] = str(given["device"])
         self.config = RunConfig.from_options(**given)
@@ -187,6 +191,7 @@ def _signature() -> inspect.Signature:
                 fields[field.name] = inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=default)
     kinds = inspect.Parameter.POSITIONAL_OR_KEYWORD
     fields.pop("model", None)
+    fields["recipe"] = inspect.Parameter("recipe", inspect.Parameter.KEYWORD_ONLY, default=None)
     first = [inspect.Parameter("self", kinds), inspect.Parameter("model", kinds)]
     first += [inspect.Parameter("tokenizer", kinds, default=None)]
     first += [fields.pop(name).replace(kind=kinds) for name in POSITIONAL[2:]]
