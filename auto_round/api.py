@@ -97,6 +97,7 @@ class AutoRound:
         self.session = open_session(self.config, tokenizer=tokenizer, processor=processor)
         self._work: tempfile.TemporaryDirectory | None = None
         self._store: RunStore | None = None
+        self._formats: tuple[str, ...] | None = None
 
     @property
     def plan(self) -> Plan:
@@ -126,6 +127,7 @@ class AutoRound:
         else:
             self._work = tempfile.TemporaryDirectory(prefix="auto_round_")
             work = Path(self._work.name)
+        self.session = pipeline.settled(self.session, work, self._formats)
         self._store = pipeline.quantize(self.session, work)
         if self.session.source.folder is None:
             _write_back(self.session.source.model, self._store, self.plan)
@@ -166,7 +168,9 @@ class AutoRound:
         self, output_dir: str | Path = "tmp_autoround", format: str = "auto_round", **unused: Any
     ) -> tuple[Any, list[Path]]:
         """Checks the formats, quantizes, writes. Returns the model and the folders."""
-        self._checked_targets(output_dir, format, unused)
+        self._formats = parse_formats(format or self.config.format)
+        if self.session.is_settled:
+            self._checked_targets(output_dir, format, unused)
         model, _ = self.quantize()
         return model, self.save_quantized(output_dir, format, **unused)
 

@@ -148,14 +148,13 @@ def _quantize(arguments: list[str], recipe: str) -> int:
 
 def _run(config: RunConfig, parsed: argparse.Namespace, *, plan_only: bool) -> int:
     from auto_round import distributed, evaluation, pipeline
-    from auto_round.plan import describe
     from auto_round.report import describe_memory
     from auto_round.session import open_session
 
     session = open_session(config)
     targets = pipeline.format_targets(session)
     if plan_only:
-        print(describe(session.plan))
+        print(pipeline.describe_plan(session))
         print(describe_memory(session.plan, session.config))
         return 0
     if parsed.ppl or parsed.tasks is not None:

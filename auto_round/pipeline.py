@@ -10,7 +10,7 @@ import functools
 import hashlib
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +23,14 @@ from auto_round.calibration import CalibrationSet
 from auto_round.config import parse_formats
 from auto_round.device import compute_device, compute_dtype, repeatable_kernels
 from auto_round.formats import FormatTarget, export, verify
-from auto_round.formats.export import HEAD_BLOCK, checked_targets
+from auto_round.formats.base import targets
+from auto_round.formats.export import HEAD_BLOCK, check_not_source, checked_targets
 from auto_round.memory import release_freed
+from auto_round.mixed_bits import describe_choices, find_choices, settle
 from auto_round.outside import OutsideInputs, output_layers, round_outside
-from auto_round.plan import Plan
+from auto_round.plan import Plan, describe
 from auto_round.progress import Progress
+from auto_round.recipes import write_recipe
 from auto_round.session import Session, fingerprint, load_data
 from auto_round.store import RunStore
 from auto_round.tensors import BlockResult
@@ -46,6 +49,7 @@ from auto_round.tuning.kv_cache import cache_scales
 logger = logging.getLogger(__name__)
 
 WORK_FOLDER = ".auto_round_work"
+RECIPE_FILE = "mixed_bits_recipe.json"
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -66,15 +70,46 @@ class RunResult:
 def format_targets(session: Session) -> list[FormatTarget]:
     """Returns the formats of a run and their folders, each checked against the plan."""
     config = session.config
-    return checked_targets(parse_formats(config.format), Path(config.output_dir), session.plan, session.source)
+    names, folder = parse_formats(config.format), Path(config.output_dir)
+    if session.is_settled:
+        return checked_targets(names, folder, session.plan, session.source)
+    wanted = targets(names, folder)
+    find_choices(session, [target.exporter for target in wanted])
+    for target in wanted:
+        check_not_source(target.folder, session.source)
+    return wanted
+
+
+def settled(session: Session, work: Path, names: Sequence[str] | None = None) -> Session:
+    """Returns a session with its final plan: where options are to be chosen among, they are measured and chosen here.
+
+    Args:
+        work: folder that the choice is kept in.
+        names: formats that must hold it; None: those of the session.
+    """
+    wanted = targets(tuple(names or parse_formats(session.config.format)), Path(session.config.output_dir))
+    opened = functools.partial(_open_stream, quantized_chain=False)
+    seed = block_seed(session.config.tune.seed, "mixed_bits")
+    with repeatable_kernels():
+        return settle(session, work, [target.exporter for target in wanted], opened, seed=seed)
+
+
+def describe_plan(session: Session) -> str:
+    """Returns what becomes of each weight, or, while that is to be chosen, what there is to choose."""
+    if session.is_settled:
+        return describe(session.plan)
+    wanted = targets(parse_formats(session.config.format), Path(session.config.output_dir))
+    return describe_choices(find_choices(session, [target.exporter for target in wanted]))
 
 
 def run(session: Session) -> RunResult:
     """Quantizes and writes every format. The work folder is removed at the end unless it was named."""
     config = session.config
-    wanted = format_targets(session)
+    format_targets(session)
     work = Path(config.work_dir) if config.work_dir else Path(config.output_dir) / WORK_FOLDER
     started = time.monotonic()
+    session = settled(session, work)
+    wanted = format_targets(session)
     store = quantize(session, work)
     seconds = time.monotonic() - started
     summaries = {name: store.load(name).summary() for name in store.finished()}
@@ -97,6 +132,8 @@ def write(session: Session, target: FormatTarget, store: RunStore) -> None:
     export(exporter, folder, session.plan, session.source, store, config, session.tokenizer)
     if session.source.folder is None and session.processor is not None:
         session.processor.save_pretrained(folder)
+    if session.recipe is not None:
+        write_recipe(folder / RECIPE_FILE, session.recipe, "What was chosen for each layer. --recipe takes this file.")
     logger.info("wrote %s to %s", exporter.name, folder)
     if config.verify:
         verify(exporter, folder, plan=session.plan, source=session.source, store=store, config=config)

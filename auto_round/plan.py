@@ -233,6 +233,11 @@ def _resolve_patterns(
     return found, problems
 
 
+def named_layers(plan: Plan, config: SchemeConfig) -> set[str]:
+    """Returns the layers of a plan that layer_config or fp_layers speak of."""
+    return set(_resolve_patterns([entry.layer for entry in plan.entries], config)[0])
+
+
 def _scheme_fields(value: Any) -> dict[str, Any]:
     """Returns scheme fields from a mapping of fields, a preset name, a number of bits or a scheme."""
     if isinstance(value, bool):

@@ -30,6 +30,7 @@ LAYERS = (
     ("outside",),
     ("end_to_end",),
     ("session",),
+    ("mixed_bits",),
     ("pipeline", "evaluation", "report"),
     ("api",),
     ("cli",),
