@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from auto_round import pipeline
+from auto_round.auto_scheme import AutoScheme
 from auto_round.block import Block, InputQuantizer
 from auto_round.calls import BlockCalls
 from auto_round.config import PARTS, RunConfig, TuneConfig, parse_formats, parse_layer_config
@@ -85,6 +86,8 @@ class AutoRound:
             if options.get(old) is not None:
                 options.setdefault(new, options[old])
             options.pop(old, None)
+        if isinstance(options.get("scheme"), AutoScheme):
+            options |= options.pop("scheme").to_options()
         if options.get("layer_config") is not None:
             options["layer_config"] = parse_layer_config(options["layer_config"])
         recipe = options.pop("recipe", None)

@@ -17,7 +17,7 @@ TREES = {file: ast.parse(file.read_text(encoding="utf-8")) for file in FILES}
 LAYERS = (
     ("__init__", "errors"),
     ("registry", "schemes", "elements", "memory"),
-    ("tensors", "config", "distributed"),
+    ("tensors", "config", "distributed", "auto_scheme"),
     ("device", "calls", "channels", "recipes"),
     ("layouts", "data_types", "models", "calibration"),
     ("shards", "calib_dataset", "progress", "conversion", "block", "layer_patterns"),

@@ -8,6 +8,7 @@ group are no options there.
 from __future__ import annotations
 
 import dataclasses
+import logging
 import math
 from collections.abc import Mapping, Sequence
 
@@ -21,6 +22,8 @@ from auto_round.layer_patterns import EXPERT, is_expert
 from auto_round.plan import FUSED_GROUPS, Plan, PlanEntry, named_layers, table
 from auto_round.schemes import QuantizationScheme, to_scheme
 from auto_round.session import Session, replanned
+
+logger = logging.getLogger(__name__)
 
 HEADER_BYTES = 160  # of one tensor in the header of a safetensors file: its name, shape, dtype and place
 
@@ -109,6 +112,10 @@ def find_choices(session: Session, exporters: Sequence[Exporter]) -> Choices:
         block = entries[next(iter(entries))][0].layer.block
         assert block is not None
         groups.append(LayerGroup(name, _pattern(name), tuple(layers), block, costs, entries))
+    for index, option in enumerate(options):
+        if not any(index in group.costs for group in groups):
+            by = " or ".join(exporter.name for exporter in exporters)
+            logger.warning("option %s is left out: %s cannot hold it", option.name, by)
     check(_mixture(session, options, members, groups), list(exporters))
     return _with_budget(session, options, tuple(groups), set(free), exporters, mixture)
 
@@ -119,8 +126,7 @@ def _parsed(config: MixedBitsConfig) -> tuple[Option, ...]:
     for value in config.option_list():
         scheme = to_scheme(value)
         if scheme not in found:
-            is_name = isinstance(value, str)
-            found[scheme] = Option(str(value) if is_name else str(scheme), value if is_name else scheme.to_dict())  # type: ignore[arg-type]
+            found[scheme] = Option(value, value) if isinstance(value, str) else Option(str(scheme), scheme.to_dict())
     if len(found) < 2:
         raise ConfigError(f"options={config.options}: there is nothing to choose between. Give two schemes or more")
     return tuple(found.values())
@@ -224,7 +230,7 @@ def _with_budget(
     least = sum(min(group.costs.values()) for group in groups)
     if least > budget:
         what = (
-            f"target_size={config.target_size} (the smallest is {(least + fixed) / 8e9:.3f}GB)"
+            f"target_size={config.target_size} (the smallest is {math.ceil((least + fixed) / 8e6)}MB)"
             if config.target_size is not None
             else f"target_bits={config.target_bits} (the least is {(least + fixed) / total + 5e-4:.3f}, scales counted)"
         )
@@ -262,5 +268,5 @@ def describe_choices(choices: Choices) -> str:
         able = [group for group in choices.groups if index in group.costs]
         weights = max(1, sum(group.weights for group in able))
         rows.append((option.name, str(len(able)), f"{sum(group.costs[index] for group in able) / weights:.3f}"))
-    budget = f"budget of the groups: {choices.budget / 8e6:.1f} MB; everything else that counts: {choices.fixed / 8e6:.1f} MB"
-    return f"{table(rows)}\n{budget}"
+    budget, fixed = choices.budget / 8e6, choices.fixed / 8e6
+    return f"{table(rows)}\nbudget of the groups: {budget:.1f} MB; everything else that counts: {fixed:.1f} MB"

@@ -1,11 +1,12 @@
 """What it costs the model's predictions that one group of layers is quantized, to second order.
 
-The divergence KL(16-bit || quantized) of the tokens of a sample, for a small error e of a group, is 1/2 e' F e, with the
-Fisher matrix F = sum over tokens t of J_t' (diag(p_t) - p_t p_t') J_t, where J_t is the derivative of the logits. With
-v_t = sqrt(p_t) * z - p_t (sqrt(p_t) . z), z normal, v_t has the covariance diag(p_t) - p_t p_t', so that the gradient g
-of sum_t v_t . logits_t has E[(g . e)^2] = e' F e. One backward pass gives one such g for all layers at once; what an
-error does at all positions of a sample is summed before it is squared, so that errors that add up are seen to do so.
-An error is that of the weights after their scales were searched, and of quantized activations at the layer's input.
+For a small error e of a group of layers, the divergence KL(16-bit || quantized) of the tokens of a sample is
+1/2 e' F e, with the Fisher matrix F = sum over tokens t of J_t' (diag(p_t) - p_t p_t') J_t; J_t is the derivative of
+the logits. Let z be normal and v_t = sqrt(p_t) * z - p_t (sqrt(p_t) . z). Then v_t has the covariance
+diag(p_t) - p_t p_t', so that the gradient g of sum_t v_t . logits_t has E[(g . e)^2] = e' F e. One backward pass gives
+such a g for all layers at once. What an error does at all positions of a sample is summed before it is squared, so
+that errors that add up are seen to do so. Errors are those of weights after their scales were searched, and of
+quantized activations at the layer's input.
 
 Blocks are read twice, forwards and backwards. For L blocks, N samples of T tokens, hidden size H and K probes there
 are L N T H block inputs and K N T H gradients on the storage device; on the compute device one block, its gradient and

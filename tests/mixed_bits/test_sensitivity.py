@@ -13,8 +13,8 @@ from auto_round.config import RunConfig
 from auto_round.errors import UnsupportedError
 from auto_round.mixed_bits import sensitivity
 from auto_round.mixed_bits.choices import find_choices
+from auto_round.mixed_bits.chosen import _parts
 from auto_round.mixed_bits.sensitivity import sensitivities
-from auto_round.mixed_bits.settle import _parts
 from auto_round.session import open_session
 
 PROBES = 60
@@ -51,7 +51,9 @@ def measured(stream, errors, weights, option):
     for index in range(len(stream.groups)):
         block = stream.load(index)
         own = [name for name in weights if name in block.tensors]
-        replaced = {n: block.tensors[n].double() + STEP * errors.weights[n][option].view(block.tensors[n].shape) for n in own}
+        shapes = {name: block.tensors[name].shape for name in own}
+        changes = {name: errors.weights[name][option].view(shape) for name, shape in shapes.items()}
+        replaced = {name: block.tensors[name].double() + STEP * change for name, change in changes.items()}
         quantizers = {
             name: lambda x, q=errors.quantizers[option][name]: x + STEP * (q(x) - x)
             for name in own
@@ -112,7 +114,7 @@ def test_probes_have_the_covariance_of_the_softmax():
 
 
 def test_probes_of_a_sample_do_not_depend_on_who_works_on_the_others(make_model, token_ids):
-    session, stream = opened(make_model(), CalibrationSet(token_ids(3, 8)))
+    _, stream = opened(make_model(), CalibrationSet(token_ids(3, 8)))
     hidden = stream.original
     every = sensitivity._at_head(stream, hidden, range(3), 2, torch.Generator().manual_seed(0))
     one = sensitivity._at_head(stream, hidden, range(2, 3), 2, torch.Generator().manual_seed(0))

@@ -100,7 +100,8 @@ def _choose(
     costs = [[group.costs[index] for index in own] for group, own in zip(choices.groups, able, strict=True)]
     own_losses = [[row[index] for index in own] for row, own in zip(losses, able, strict=True)]
     picked = allocate(costs, own_losses, choices.budget)
-    logger.info("chose among %d options for %d groups in %.1f s", len(choices.options), len(able), time.monotonic() - started)
+    passed = time.monotonic() - started
+    logger.info("chose among %d options for %d groups in %.1f s", len(choices.options), len(able), passed)
     return Chosen(
         tuple(own[index] for own, index in zip(able, picked, strict=True)), tuple(tuple(row) for row in losses)
     )
