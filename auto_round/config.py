@@ -220,6 +220,9 @@ class MixedBitsConfig:
     )
     target_size: str | None = option(None, "with --options: size of the files of weights, e.g. 2.5GB", kind=str)
     ignore_scale_zp_bits: bool = option(False, "scales and zero points do not count in target_bits")
+    separate_joined: bool = option(
+        False, "with --options: q/k/v and gate/up may differ, which vLLM and SGLang do not load"
+    )
     sensitivity_samples: int = option(32, "calibration samples that sensitivities are measured on")
 
     def __post_init__(self) -> None:

@@ -22,6 +22,7 @@ FLAGS = {
     "--disable_quanted_input", "--dry_run", "--dtype", "--dynamic_max_gap", "--enable_alg_ext",
     "--enable_minmax_tuning", "--enable_norm_bias_tuning", "--enable_quanted_input", "--enable_torch_compile",
     "--avg_bits", "--e2e_lr", "--e2e_steps", "--ignore_scale_zp_bits", "--option", "--options", "--sensitivity_samples",
+    "--separate_joined",
     "--target_bits", "--target_size",
     "--eval_bs", "--format", "--formats", "--fp_layers", "--gradient_accumulate_steps", "--group_size", "--help",
     "--ignore_layers", "--iter", "--iters", "--layer_config", "--low_gpu_mem_usage", "--lr", "--lr_scheduler",

@@ -1,6 +1,7 @@
 """What there is to choose: groups of layers that get one option together, and what each option costs there.
 
-Layers that serving engines join (q/k/v, gate/up) are one group, and so are the routed experts of a block. Layers that
+Layers that serving engines join (q/k/v, gate/up) are one group unless `separate_joined`, and so are the routed experts
+of a block. Layers that
 `layer_config` or `fp_layers` speak of are fixed; they count in the budget. Options that a format cannot hold for a
 group are no options there.
 """
@@ -98,7 +99,7 @@ def find_choices(session: Session, exporters: Sequence[Exporter]) -> Choices:
     if not free:
         raise ConfigError("options: there is no layer left to choose for; layer_config and fp_layers name all of them")
     plans = [_plan_with(session, dict.fromkeys(free, option.value)) for option in options]
-    members = _grouped(free)
+    members = _grouped(free, () if config.mixed.separate_joined else FUSED_GROUPS)
     mixture = _mixture(session, options, members)
     held = [_held(plan, exporters) for plan in plans]
     by_layer = [{entry.layer.name: entry for entry in plan.entries} for plan in plans]
@@ -143,8 +144,12 @@ def _is_free(entry: PlanEntry) -> bool:
     return entry.layer.block is not None and not entry.layer.kept
 
 
-def _grouped(layers: Sequence[str]) -> dict[str, list[str]]:
-    """Returns group name -> layers, in model order."""
+def _grouped(layers: Sequence[str], joint: Sequence[tuple[str, ...]]) -> dict[str, list[str]]:
+    """Returns group name -> layers, in model order.
+
+    Args:
+        joint: last parts of the names of layers that are joined.
+    """
     found: dict[str, list[str]] = {}
     known = set(layers)
     for layer in layers:
@@ -153,7 +158,7 @@ def _grouped(layers: Sequence[str]) -> dict[str, list[str]]:
         if is_expert(layer):
             name = EXPERT.split(layer)[0] + ".experts.*"
         else:
-            for members in FUSED_GROUPS:
+            for members in joint:
                 joined = [member for member in members if f"{stem}.{member}" in known]
                 name = f"{stem}.{'/'.join(joined)}" if leaf in joined else name
         found.setdefault(name, []).append(layer)

@@ -30,6 +30,12 @@ def test_layers_that_engines_join_are_one_group(open_mixed):
     assert len(groups) == 8
 
 
+def test_joined_layers_may_be_told_apart(open_mixed):
+    groups = names_of(choices_of(open_mixed("deepseek_v3", separate_joined=True)))
+    assert groups["model.layers.0.mlp.gate_proj"] == ["model.layers.0.mlp.gate_proj"]
+    assert len(groups["model.layers.1.mlp.experts.*"]) == 4 * 3
+
+
 def test_the_experts_of_a_block_are_one_group_and_the_shared_one_is_not(open_mixed):
     choices = choices_of(open_mixed("deepseek_v3"))
     groups = names_of(choices)
