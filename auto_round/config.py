@@ -221,6 +221,48 @@ class EndToEndConfig:
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class MixedBitsConfig:
+    """Which of several schemes each layer gets, chosen by what it costs the model's predictions."""
+
+    options: str | Sequence[Any] = option(
+        "", "schemes to choose among for each layer, comma separated: W2A16G64,W4A16,W8A16", "--option"
+    )
+    target_bits: float | None = option(
+        None, "with --options: mean bits of a weight, scales counted", "--avg_bits", kind=float
+    )
+    target_size: str | None = option(None, "with --options: size of the files of weights, e.g. 2.5GB", kind=str)
+    ignore_scale_zp_bits: bool = option(False, "scales and zero points do not count in target_bits")
+    separate_joined: bool = option(
+        False, "with --options: q/k/v and gate/up may differ, which vLLM and SGLang do not load"
+    )
+    sensitivity_samples: int = option(32, "calibration samples that sensitivities are measured on")
+
+    def __post_init__(self) -> None:
+        given = [name for name in ("target_bits", "target_size") if getattr(self, name) is not None]
+        problems = []
+        if self.options and len(given) != 1:
+            problems.append("options needs a budget: give either target_bits or target_size")
+        if given and not self.options:
+            problems.append(f"{given[0]} needs the schemes to choose among. Write for example --options W2A16G64,W4A16")
+        if self.target_bits is not None and not 0 < self.target_bits <= 16:
+            problems.append(f"target_bits={self.target_bits} (above 0, at most 16)")
+        if self.ignore_scale_zp_bits and self.target_size is not None:
+            problems.append("ignore_scale_zp_bits goes with target_bits: a size counts everything")
+        if self.sensitivity_samples < 1:
+            problems.append(f"sensitivity_samples={self.sensitivity_samples} (must be positive)")
+        if problems:
+            raise ConfigError("; ".join(problems))
+        if self.target_size is not None:
+            parse_size(self.target_size)
+
+    def option_list(self) -> list[str | Mapping[str, Any] | QuantizationScheme]:
+        """Returns the options one by one, as they were given."""
+        if isinstance(self.options, str):
+            return [name.strip() for name in self.options.split(",") if name.strip()]
+        return list(self.options)
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class RunConfig:
     """One run: from a model to folders on disk."""
 
@@ -245,6 +287,7 @@ class RunConfig:
     calib: CalibConfig = dataclasses.field(default_factory=CalibConfig)
     tune: TuneConfig = dataclasses.field(default_factory=TuneConfig)
     end_to_end: EndToEndConfig = dataclasses.field(default_factory=EndToEndConfig)
+    mixed: MixedBitsConfig = dataclasses.field(default_factory=MixedBitsConfig)
 
     def __post_init__(self) -> None:
         parse_size(self.max_shard_size)
@@ -256,6 +299,15 @@ class RunConfig:
             raise ConfigError(
                 f"model_free rounds without tuning, but iters={self.tune.iters} and "
                 f"e2e_steps={self.end_to_end.e2e_steps} were asked for. Leave these out, or leave out model_free"
+            )
+        if self.model_free and self.mixed.options:
+            raise ConfigError("model_free measures nothing to choose options by. Leave out options or model_free")
+        own = ("scheme", "bits", "data_type", "quant_lm_head", "quant_nontext_module")
+        said = [name for name in own if getattr(self.scheme, name) not in (None, False)]
+        if self.mixed.options and said:
+            raise ConfigError(
+                f"{', '.join(said)} beside options: these say what a layer may become, and are for layers of blocks. "
+                "Say what single layers become with layer_config"
             )
         if self.model_dtype is not None and self.model_dtype not in MODEL_DTYPES:
             raise ConfigError(f"model_dtype={self.model_dtype!r} (allowed: {', '.join(MODEL_DTYPES)})")
@@ -288,6 +340,7 @@ PARTS: dict[str, type] = {
     "calib": CalibConfig,
     "tune": TuneConfig,
     "end_to_end": EndToEndConfig,
+    "mixed": MixedBitsConfig,
 }
 MODEL_DTYPES = {"bf16": "bfloat16", "bfloat16": "bfloat16", "fp16": "float16", "float16": "float16"}
 MODEL_DTYPES |= {"fp32": "float32", "float32": "float32"}

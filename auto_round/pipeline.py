@@ -10,7 +10,7 @@ import functools
 import hashlib
 import logging
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +25,16 @@ from auto_round.channels import ChannelSums, sums_of
 from auto_round.config import parse_formats
 from auto_round.device import compute_device, compute_dtype, repeatable_kernels
 from auto_round.formats import FormatTarget, export, verify
-from auto_round.formats.export import HEAD_BLOCK, checked_targets
+from auto_round.formats.base import targets
+from auto_round.formats.export import HEAD_BLOCK, check_not_source, checked_targets
 from auto_round.formats.gguf.importance import MeasuredImportance
 from auto_round.memory import release_freed
+from auto_round.mixed_bits import describe_choices, find_choices, settle
 from auto_round.model_free import round_folder
 from auto_round.outside import OutsideInputs, output_layers, round_outside
-from auto_round.plan import Plan
+from auto_round.plan import Plan, describe
 from auto_round.progress import Progress
+from auto_round.recipes import write_recipe
 from auto_round.schemes import QuantizationScheme
 from auto_round.session import Session, fingerprint, load_data
 from auto_round.store import RunStore
@@ -55,6 +58,7 @@ from auto_round.tuning.statistics import channel_sums
 logger = logging.getLogger(__name__)
 
 WORK_FOLDER = ".auto_round_work"
+RECIPE_FILE = "mixed_bits_recipe.json"
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -75,7 +79,36 @@ class RunResult:
 def format_targets(session: Session) -> list[FormatTarget]:
     """Returns the formats of a run and their folders, each checked against the plan."""
     config = session.config
-    return checked_targets(parse_formats(config.format), Path(config.output_dir), session.plan, session.source)
+    names, folder = parse_formats(config.format), Path(config.output_dir)
+    if session.is_settled:
+        return checked_targets(names, folder, session.plan, session.source)
+    wanted = targets(names, folder)
+    find_choices(session, [target.exporter for target in wanted])
+    for target in wanted:
+        check_not_source(target.folder, session.source)
+    return wanted
+
+
+def settled(session: Session, work: Path, names: Sequence[str] | None = None) -> Session:
+    """Returns a session with its final plan: where options are to be chosen among, they are measured and chosen here.
+
+    Args:
+        work: folder that the choice is kept in.
+        names: formats that must hold it; None: those of the session.
+    """
+    wanted = targets(tuple(names or parse_formats(session.config.format)), Path(session.config.output_dir))
+    opened = functools.partial(_open_stream, quantized_chain=False)
+    seed = block_seed(session.config.tune.seed, "mixed_bits")
+    with repeatable_kernels():
+        return settle(session, work, [target.exporter for target in wanted], opened, seed=seed)
+
+
+def describe_plan(session: Session) -> str:
+    """Returns what becomes of each weight, or, while that is to be chosen, what there is to choose."""
+    if session.is_settled:
+        return describe(session.plan)
+    wanted = targets(parse_formats(session.config.format), Path(session.config.output_dir))
+    return describe_choices(find_choices(session, [target.exporter for target in wanted]))
 
 
 def run(session: Session) -> RunResult:
@@ -88,6 +121,8 @@ def run(session: Session) -> RunResult:
         distributed.barrier()
         return RunResult(tuple(target.folder for target in wanted), {}, seconds)
     started = time.monotonic()
+    session = settled(session, work)
+    wanted = format_targets(session)
     store = quantize(session, work)
     seconds = time.monotonic() - started
     summaries = {name: store.load(name).summary() for name in store.finished()}
@@ -110,6 +145,8 @@ def write(session: Session, target: FormatTarget, store: RunStore) -> None:
     export(exporter, folder, session.plan, session.source, store, config, session.tokenizer)
     if session.source.folder is None and session.processor is not None:
         session.processor.save_pretrained(folder)
+    if session.recipe is not None:
+        write_recipe(folder / RECIPE_FILE, session.recipe, "What was chosen for each layer. --recipe takes this file.")
     logger.info("wrote %s to %s", exporter.name, folder)
     if config.verify:
         verify(exporter, folder, plan=session.plan, source=session.source, store=store, config=config)

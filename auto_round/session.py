@@ -20,6 +20,7 @@ from auto_round.extra_tensors import extra_modules
 from auto_round.formats.base import EXPORTERS, FileExporter, prescription
 from auto_round.formats.gguf.importance import importance_of_model
 from auto_round.models import discover, keep_joined
+from auto_round.models.base import ModelStructure
 from auto_round.plan import Plan, resolve
 from auto_round.sources import open_source
 from auto_round.sources.named import open_named
@@ -37,6 +38,8 @@ class Session:
     Attributes:
         processor: of pictures, as given; None: the one in the model's folder.
         importance: weight name -> (I,) mean squares of input channels from an importance matrix; empty without one.
+        data: the calibration samples, once they were loaded; a second look at an iterator would find nothing.
+        recipe: options that give this plan again where it was chosen by measuring, written beside the result.
     """
 
     config: RunConfig
@@ -45,6 +48,8 @@ class Session:
     plan: Plan
     processor: Any = None
     importance: Mapping[str, Tensor] = dataclasses.field(default_factory=dict)
+    data: CalibrationSet | None = None
+    recipe: Mapping[str, Any] | None = None
 
     @property
     def needs_calibration(self) -> bool:
@@ -53,6 +58,11 @@ class Session:
         if self.plan.needs_calibration or calib.write_imatrix is not None:
             return True
         return tune.needs_calibration and bool(self.plan.quantized()) and (tune.iters > 0 or calib.imatrix is None)
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether the plan is the final one: no options are left to choose among."""
+        return not self.config.mixed.options
 
 
 def open_session(config: RunConfig, *, tokenizer: Any = None, processor: Any = None) -> Session:
@@ -76,8 +86,7 @@ def open_session(config: RunConfig, *, tokenizer: Any = None, processor: Any = N
         tokenizer = _load_tokenizer(source.folder, config)
     structure = keep_joined(discover(source.model, lists), set(source.keys().values()), source.fused_experts())
     structure = dataclasses.replace(structure, extra_modules=extra_modules(source))
-    prescribed = prescription(parse_formats(config.format), structure, source, tokenizer, config)
-    plan = resolve(structure, config.scheme, nblocks=config.tune.nblocks, prescription=prescribed)
+    plan = _planned(config, structure, source, tokenizer)
     end_to_end.check(config, plan)
     importance: Mapping[str, Tensor] = {}
     if config.calib.imatrix is not None:
@@ -108,8 +117,25 @@ def _open_without_model(config: RunConfig, model: Any, lists: list[str] | None, 
     return Session(_clip_seqlen(config, source.longest()), source, tokenizer, plan)
 
 
+def replanned(session: Session, config: RunConfig) -> Session:
+    """Returns a session with other options and the plan that they give."""
+    plan = _planned(config, session.plan.structure, session.source, session.tokenizer)
+    return dataclasses.replace(session, config=config, plan=plan)
+
+
+def _planned(config: RunConfig, structure: ModelStructure, source: WeightSource, tokenizer: Any) -> Plan:
+    """Returns the plan; while options are to be chosen among, that of the first one."""
+    prescribed = prescription(parse_formats(config.format), structure, source, tokenizer, config)
+    scheme = config.scheme
+    if prescribed is None and config.mixed.options:
+        scheme = dataclasses.replace(scheme, scheme=config.mixed.option_list()[0])
+    return resolve(structure, scheme, nblocks=config.tune.nblocks, prescription=prescribed)
+
+
 def load_data(session: Session) -> CalibrationSet:
     """Returns the calibration samples that a session asks for."""
+    if session.data is not None:
+        return session.data
     calib = session.config.calib
     size = {"nsamples": calib.nsamples, "seqlen": calib.seqlen, "seed": session.config.tune.seed}
     if not has_pictures(calib.dataset):

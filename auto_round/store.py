@@ -24,6 +24,7 @@ from auto_round.schemes import QuantizationScheme
 from auto_round.tensors import TENSOR_FIELDS, BlockResult, QuantizedTensor
 
 RUN_FILE = "run.json"
+CHOSEN_FILE = "mixed_bits.json"  # which option each layer got, where that was measured; older than the store itself
 # Beside the blocks, not in them: a stage that changes scales of all blocks is finished with one rename, or not at all.
 SCALES_FILE = "end_to_end.safetensors"
 SHOWN_DIFFERENCES = 12
@@ -201,6 +202,7 @@ class RunStore:
     def remove(self) -> None:
         """Removes the results and the folder, if nothing else is in it."""
         self.clear()
+        (self.folder / CHOSEN_FILE).unlink(missing_ok=True)
         for folder in (self.blocks, self.folder):
             if folder.is_dir() and not any(folder.iterdir()):
                 folder.rmdir()
