@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from auto_round import pipeline
+from auto_round import pipeline, quality
 from auto_round.auto_scheme import AutoScheme
 from auto_round.block import Block, InputQuantizer
 from auto_round.calls import BlockCalls
@@ -102,6 +102,7 @@ class AutoRound:
         self._work: tempfile.TemporaryDirectory | None = None
         self._store: RunStore | None = None
         self._formats: tuple[str, ...] | None = None
+        self._measured: quality.Measured | None = None
 
     @property
     def plan(self) -> Plan:
@@ -133,6 +134,7 @@ class AutoRound:
             work = Path(self._work.name)
         self.session = pipeline.settled(self.session, work, self._formats)
         self._store = pipeline.quantize(self.session, work)
+        self._measured = pipeline.measure_quality(self.session, self._store)
         if self.session.source.folder is None:
             _write_back(self.session.source.model, self._store, self.plan)
         return self.model, {e.layer.name: e.scheme.to_dict() for e in self.plan.quantized().values()}
@@ -166,6 +168,7 @@ class AutoRound:
             raise ConfigError("nothing is quantized yet: call quantize() first, or quantize_and_save()")
         for target in wanted:
             pipeline.write(self.session, target, self._store)
+        pipeline.write_reports(self.session, wanted, self._store, self._measured)
         return [target.folder for target in wanted]
 
     def quantize_and_save(

@@ -26,6 +26,8 @@ from auto_round.stored_tensors import PICKLED_INDEX_NAME, NamedTensors, StoredTe
 
 # Where a quantization is described: in config.json, and in files of its own beside it.
 QUANTIZATION_KEYS = ("quantization_config", "quantization", "compression_config")
+# What a folder says of the run that wrote its weights; it does not travel with copies of them.
+REPORT_FILES = ("quality.json", "quality.html")
 QUANTIZATION_FILES = ("quantization_config.json", "quantize_config.json", "quant_config.json", "hf_quant_config.json")
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".ckpt")
 
@@ -279,7 +281,7 @@ def copy_side_files(source: Path, target: Path) -> None:
 
     Tokenizer, processor, chat template, generation config, custom code and licence all travel.
     """
-    skipped = {"config.json", INDEX_NAME, PICKLED_INDEX_NAME, *QUANTIZATION_FILES}
+    skipped = {"config.json", INDEX_NAME, PICKLED_INDEX_NAME, *QUANTIZATION_FILES, *REPORT_FILES}
     for file in sorted(source.iterdir()):
         if file.is_file() and file.name not in skipped and file.suffix not in WEIGHT_SUFFIXES:
             if not file.name.startswith("."):

@@ -148,6 +148,7 @@ def _quantize(arguments: list[str], recipe: str) -> int:
 
 def _run(config: RunConfig, parsed: argparse.Namespace, *, plan_only: bool) -> int:
     from auto_round import distributed, evaluation, pipeline
+    from auto_round.quality import headline
     from auto_round.report import describe_memory
     from auto_round.session import open_session
 
@@ -175,6 +176,8 @@ def _run(config: RunConfig, parsed: argparse.Namespace, *, plan_only: bool) -> i
                 if parsed.ppl or parsed.tasks is not None:
                     _evaluate(parsed, folder, settings, label="after: ")
                 print(f"saved to {folder}")
+            if result.measured is not None:
+                print(headline(result.measured, result.folders[0]))
     finally:
         distributed.stop()
     return 0

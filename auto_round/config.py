@@ -279,6 +279,14 @@ class RunConfig:
     model_dtype: str | None = option(None, "precision that 16-bit tensors are written in: bf16, fp16, fp32", kind=str)
     max_shard_size: str = option("5GB", "largest size of a file of weights")
     verify: bool = option(True, "reopen each written checkpoint and check it", off="--no_verify")
+    report: bool = option(
+        True, "measure what was lost and write quality.json and quality.html beside the weights", off="--no_report"
+    )
+    report_text: str | None = option(
+        None,
+        "what the report measures on: written as --dataset (default: calibration text that was not used)",
+        kind=str,
+    )
     trust_remote_code: bool = option(False, "run model code that comes with the checkpoint")
     model_free: bool = option(
         False, "round the files tensor by tensor, without the model's code; plain rounding", off="--disable_model_free"

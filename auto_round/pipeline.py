@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from auto_round import distributed, end_to_end
+from auto_round import distributed, end_to_end, quality
 from auto_round.background import Background
 from auto_round.blocks import Block, BlockStream
 from auto_round.calibration import CalibrationSet
@@ -69,11 +69,13 @@ class RunResult:
         folders: one per format.
         summaries: block name -> losses, kept step and notes.
         seconds: wall time of quantization, without export.
+        measured: what was lost; None if no report was asked for.
     """
 
     folders: tuple[Path, ...]
     summaries: dict[str, dict[str, Any]]
     seconds: float
+    measured: quality.Measured | None = None
 
 
 def format_targets(session: Session) -> list[FormatTarget]:
@@ -129,10 +131,35 @@ def run(session: Session) -> RunResult:
     if distributed.is_writer():
         for target in wanted:
             write(session, target, store)
+    distributed.barrier()
+    measured = measure_quality(session, store)
+    if distributed.is_writer():
+        write_reports(session, wanted, store, measured)
         if not config.work_dir:
             store.remove()
     distributed.barrier()
-    return RunResult(tuple(target.folder for target in wanted), summaries, seconds)
+    return RunResult(tuple(target.folder for target in wanted), summaries, seconds, measured)
+
+
+def measure_quality(session: Session, store: RunStore) -> quality.Measured | None:
+    """Returns what quantization cost, measured on held-out text if there is any; None if no report is wanted.
+
+    All ranks take part. The session's source still has to give the original weights.
+    """
+    if not session.config.report:
+        return None
+    with repeatable_kernels():
+        return quality.measure(session, store, functools.partial(_open_stream, quantized_chain=False))
+
+
+def write_reports(
+    session: Session, targets: Sequence[FormatTarget], store: RunStore, measured: quality.Measured | None
+) -> None:
+    """Writes the quality report beside the weights of each format, if one was measured."""
+    if measured is not None:
+        summaries = {name: store.load(name).summary() for name in store.finished()}
+        for target in targets:
+            quality.write_report(target, quality.record(session, target, summaries, measured))
 
 
 def write(session: Session, target: FormatTarget, store: RunStore) -> None:
@@ -142,6 +169,7 @@ def write(session: Session, target: FormatTarget, store: RunStore) -> None:
         VerificationError: what was written is not what was quantized.
     """
     exporter, folder, config = target.exporter, target.folder, session.config
+    quality.remove_report(folder)
     export(exporter, folder, session.plan, session.source, store, config, session.tokenizer)
     if session.source.folder is None and session.processor is not None:
         session.processor.save_pretrained(folder)
@@ -162,6 +190,8 @@ def quantize(session: Session, work: Path) -> RunStore:
     needs_calibration, steps = session.needs_calibration, end_to_end.steps_of(config, plan)
     data = load_data(session) if needs_calibration or steps else None
     store = _open_store(work, session, data)
+    if config.report and distributed.is_writer():
+        quality.hold_out(session, data, store)
     with repeatable_kernels():
         if data is None or not needs_calibration:
             _round_everything(session, store)

@@ -29,6 +29,9 @@ logger = logging.getLogger(__name__)
 
 # Enough to tell a fine-tuned model from its base without reading it whole.
 IDENTITY_TENSORS, IDENTITY_VALUES = 16, 4096
+# Tokens that quality is measured on, in no fewer samples than 16 and no more than 64: the mean divergence of lm-6m at 3
+# bits has a standard error of a tenth of itself on 1008 tokens. A step of tuning takes 8 samples.
+HELD_OUT_TOKENS, FEWEST_HELD_OUT, MOST_HELD_OUT = 1 << 13, 16, 64
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -139,11 +142,16 @@ def load_data(session: Session) -> CalibrationSet:
     calib = session.config.calib
     size = {"nsamples": calib.nsamples, "seqlen": calib.seqlen, "seed": session.config.tune.seed}
     if not has_pictures(calib.dataset):
-        return load_calibration(calib.dataset, session.tokenizer, **size)
+        return load_calibration(calib.dataset, session.tokenizer, **size, held_out=held_out_count(calib.seqlen))
     processor, folder = session.processor, session.source.folder
     if processor is None and folder is not None and isinstance(calib.dataset, str | Path):
         processor = load_processor(folder, trust_remote_code=session.config.trust_remote_code)
     return load_pictures(calib.dataset, processor, **size, folder=calib.extra_data_dir)
+
+
+def held_out_count(seqlen: int) -> int:
+    """Returns how many samples of so many tokens quality is measured on."""
+    return min(max(HELD_OUT_TOKENS // seqlen, FEWEST_HELD_OUT), MOST_HELD_OUT)
 
 
 def fingerprint(session: Session, data: CalibrationSet | None) -> dict[str, Any]:

@@ -27,6 +27,7 @@ RUN_FILE = "run.json"
 CHOSEN_FILE = "mixed_bits.json"  # which option each layer got, where that was measured; older than the store itself
 # Beside the blocks, not in them: a stage that changes scales of all blocks is finished with one rename, or not at all.
 SCALES_FILE = "end_to_end.safetensors"
+HELD_OUT_FILE = "held_out.safetensors"
 SHOWN_DIFFERENCES = 12
 SCALE_FIELDS = ("scale", "global_scale", "offset", "super_scale", "super_offset")
 
@@ -157,6 +158,22 @@ class RunStore:
         """Makes the blocks' own scales count again."""
         self._scales_file.unlink(missing_ok=True)
 
+    def save_held_out(self, tensors: Mapping[str, Tensor], about: str) -> None:
+        """Stores samples to measure on once everything is written, and a line about them; there may be none."""
+        _save_whole(self.folder / HELD_OUT_FILE, dict(tensors), {"about": about})
+
+    def held_out(self) -> tuple[dict[str, Tensor], str]:
+        """Returns what `save_held_out` was given; nothing and "" if it was not called.
+
+        Raises:
+            CheckpointError: the file is damaged.
+        """
+        file = self.folder / HELD_OUT_FILE
+        if not file.is_file():
+            return {}, ""
+        with self._opened(file) as handle:
+            return {name: handle.get_tensor(name) for name in handle.keys()}, handle.metadata()["about"]
+
     def cache_scales(self, block: str) -> dict[str, Tensor]:
         """Returns only the scales of an FP8 key/value cache of a finished block."""
         with self._opened(self._file(block)) as handle:
@@ -195,7 +212,8 @@ class RunStore:
 
     def clear(self) -> None:
         """Removes every result; the folder itself stays."""
-        own = (self._scales_file, self._scales_file.with_suffix(".partial"), self.folder / RUN_FILE)
+        single = (self._scales_file, self.folder / HELD_OUT_FILE)
+        own = (*single, *(file.with_suffix(".partial") for file in single), self.folder / RUN_FILE)
         for file in [*self.blocks.glob("*.safetensors"), *self.blocks.glob("*.partial"), *own]:
             file.unlink(missing_ok=True)
 

@@ -7,7 +7,7 @@ not divide has a shorter last group; in grouped form that group is padded with z
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -179,6 +179,7 @@ class BlockResult:
         plain: parameter name -> new 16-bit value (tuned norms and biases), empty by default.
         first_loss, best_loss: mean squared error of the block's output before tuning and at the kept step.
         best_step: the kept step, 0 for the start.
+        losses: mean squared error of each step on its own samples, as many as steps were taken.
         expert_tokens: name of a list of experts -> calibration tokens that were routed to each of them.
         cache_scales: tensor name -> (1,) float32 scale of keys or values in an FP8 cache, empty unless asked for.
         note: why the block did not take the normal way ("" if it did), e.g. a fall-back to rounding.
@@ -192,6 +193,7 @@ class BlockResult:
     note: str = ""
     expert_tokens: Mapping[str, list[int]] = dataclasses.field(default_factory=dict)
     cache_scales: Mapping[str, Tensor] = dataclasses.field(default_factory=dict)
+    losses: Sequence[float] = ()
 
     def summary(self) -> dict[str, Any]:
         """Returns the figures without the tensors."""
@@ -199,6 +201,7 @@ class BlockResult:
             "first_loss": self.first_loss,
             "best_loss": self.best_loss,
             "best_step": self.best_step,
+            "losses": list(self.losses),
             "note": self.note,
             "expert_tokens": dict(self.expert_tokens),
         }

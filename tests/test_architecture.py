@@ -31,7 +31,7 @@ LAYERS = (
     ("outside",),
     ("end_to_end",),
     ("session",),
-    ("model_free", "mixed_bits"),
+    ("model_free", "mixed_bits", "quality"),
     ("pipeline", "evaluation", "report"),
     ("api",),
     ("cli",),

@@ -33,6 +33,7 @@ FLAGS = {
     "--nsample", "--nsamples", "--output_dir", "--ppl",
     "--ppl_seqlen", "--ppl_tokens", "--quant_lm_head", "--recipe", "--resume", "--sampler", "--scale_dtype",
     "--scheme", "--seed", "--static_kv_dtype",
+    "--no_report", "--report", "--report_text",
     "--seq_len", "--seqlen", "--super_bits", "--super_group_size", "--sym", "--task", "--tasks",
     "--extra_data_dir", "--quant_nontext_module", "--template", "--truncation",
     "--disable_model_free", "--enable_opt_rtn", "--model_free",

@@ -278,3 +278,17 @@ def test_damaged_scales_name_their_file(tmp_path):
     for read in (store.scales_record, lambda: store.load("model.layers.0")):
         with pytest.raises(CheckpointError, match=SCALES_FILE):
             read()
+
+
+def test_held_out_samples_are_kept_and_go_with_the_store(tmp_path):
+    store = RunStore(tmp_path / "work", {"a": 1}, resume=False)
+    assert store.held_out() == ({}, "")
+    ids = torch.arange(6).view(2, 3)
+    store.save_held_out({"input_ids": ids}, "what they are")
+    tensors, about = RunStore.existing(tmp_path / "work").held_out()
+    assert torch.equal(tensors["input_ids"], ids)
+    assert about == "what they are"
+    store.save_held_out({}, "why there are none")
+    assert store.held_out() == ({}, "why there are none")
+    store.remove()
+    assert not (tmp_path / "work").exists()

@@ -139,8 +139,11 @@ def test_to_keeps_everything():
 
 def test_a_block_result_sums_up_without_tensors():
     tokens = {"mlp.experts": [3, 0]}
-    result = BlockResult({}, first_loss=2.0, best_loss=1.0, best_step=7, note="x", expert_tokens=tokens)
+    result = BlockResult(
+        {}, first_loss=2.0, best_loss=1.0, best_step=7, note="x", expert_tokens=tokens, losses=(3.0, 1.5)
+    )
     expected = {"first_loss": 2.0, "best_loss": 1.0, "best_step": 7, "note": "x", "expert_tokens": tokens}
+    expected["losses"] = [3.0, 1.5]
     assert result.summary() == expected
 
 

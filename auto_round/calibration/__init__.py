@@ -2,7 +2,15 @@
 
 from auto_round.calibration import named  # noqa: F401  fills DATASETS
 from auto_round.calibration.base import DATASETS, CalibrationSet
-from auto_round.calibration.load import load_calibration
+from auto_round.calibration.load import Budget, draw_samples, load_calibration
 from auto_round.calibration.pictures import has_pictures, load_pictures
 
-__all__ = ["DATASETS", "CalibrationSet", "has_pictures", "load_calibration", "load_pictures"]
+__all__ = [
+    "DATASETS",
+    "Budget",
+    "CalibrationSet",
+    "draw_samples",
+    "has_pictures",
+    "load_calibration",
+    "load_pictures",
+]

@@ -58,6 +58,7 @@ class CalibrationSet:
             nothing is padded; an all-True mask is stored as None.
         media: for each sample what the model takes besides (pixel values, sizes of pictures, kinds of tokens), the
             sample's own dimension first, or None for text.
+        held_out: samples of the same source that were not drawn, to measure on; None if none were asked for or left.
     Raises:
         ConfigError: a shape, dtype, device or value is another.
     """
@@ -65,6 +66,7 @@ class CalibrationSet:
     input_ids: Tensor
     attention_mask: Tensor | None = None
     media: tuple[Mapping[str, Tensor], ...] | None = None
+    held_out: CalibrationSet | None = None
 
     def __post_init__(self) -> None:
         ids = self.input_ids
@@ -108,7 +110,7 @@ class CalibrationSet:
 
 
 def merge_sets(sets: Sequence[CalibrationSet], *, pad_id: int) -> CalibrationSet:
-    """Returns the samples of all sets in order, padded on the right to the widest one.
+    """Returns the samples of all sets in order, padded on the right to the widest one; the same for those held out.
 
     Args:
         sets: at least one.
@@ -121,7 +123,9 @@ def merge_sets(sets: Sequence[CalibrationSet], *, pad_id: int) -> CalibrationSet
         mask = torch.ones_like(part.input_ids, dtype=torch.bool) if part.attention_mask is None else part.attention_mask
         ids.append(torch.nn.functional.pad(part.input_ids, (0, missing), value=pad_id))
         masks.append(torch.nn.functional.pad(mask, (0, missing), value=False))
-    return CalibrationSet(torch.cat(ids), torch.cat(masks))
+    rest = [part.held_out for part in sets if part.held_out is not None]
+    held_out = merge_sets(rest, pad_id=pad_id) if rest else None
+    return CalibrationSet(torch.cat(ids), torch.cat(masks), held_out=held_out)
 
 
 @dataclass(frozen=True)

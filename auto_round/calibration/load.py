@@ -6,6 +6,7 @@ knows a model.
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import os
 from collections.abc import Sequence
@@ -38,11 +39,15 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Budget:
-    """What is drawn from one dataset: at most `nsamples` samples of at most `seqlen` tokens, chosen by `seed`."""
+    """What is drawn from one dataset: at most `nsamples` samples of at most `seqlen` tokens, chosen by `seed`.
+
+    Of what is left then, up to `held_out` samples are kept to measure on.
+    """
 
     nsamples: int
     seqlen: int
     seed: int
+    held_out: int = 0
 
     def __post_init__(self) -> None:
         if self.nsamples < 1 or self.seqlen < 2:
@@ -59,6 +64,7 @@ def load_calibration(
     nsamples: int = 128,
     seqlen: int = 2048,
     seed: int = 42,
+    held_out: int = 0,
 ) -> CalibrationSet:
     """Returns calibration samples; the same arguments always give the same samples.
 
@@ -75,6 +81,7 @@ def load_calibration(
         nsamples: samples altogether. Several datasets share them evenly, or as their `num=` says.
         seqlen: tokens of a sample.
         seed: of the choice.
+        held_out: further samples, of what is left, that the result carries as its `held_out`.
     Returns:
         At most `nsamples` samples. Fewer, with a warning, when the data does not hold so many.
     Raises:
@@ -85,13 +92,17 @@ def load_calibration(
     if isinstance(dataset, CalibrationSet):
         log.info("calibration: %d samples with %d tokens, as given", len(dataset), dataset.n_tokens)
         return dataset
-    budget = Budget(nsamples, seqlen, seed)
-    if isinstance(dataset, str | os.PathLike):
-        drawn = _draw_named(dataset, tokenizer, budget)
-    else:
-        drawn = _draw_objects(dataset, tokenizer, budget)
+    budget = Budget(nsamples, seqlen, seed, held_out)
+    drawn = draw_samples(dataset, tokenizer, budget)
     _report(drawn, budget)
     return drawn
+
+
+def draw_samples(dataset: Any, tokenizer: PreTrainedTokenizerBase | None, budget: Budget) -> CalibrationSet:
+    """Returns samples of a dataset, as `load_calibration` does, for whatever they are used."""
+    if isinstance(dataset, str | os.PathLike):
+        return _draw_named(dataset, tokenizer, budget)
+    return _draw_objects(dataset, tokenizer, budget)
 
 
 def share_budget(nums: Sequence[int | None], nsamples: int) -> list[int]:
@@ -132,7 +143,7 @@ def _draw_named(
     tokenizer = _require_tokenizer(tokenizer)
     drawn = []
     for spec, share in zip(specs, shares, strict=True):
-        part = Budget(share, budget.seqlen, budget.seed)
+        part = dataclasses.replace(budget, nsamples=share, held_out=-(-budget.held_out * share // budget.nsamples))
         ids = tokenize_documents(
             _read_source(spec, part),
             tokenizer,
@@ -189,7 +200,10 @@ def _draw_joined(
     windows = join_windows(documents, budget.seqlen, eos_id=None if tokenizer is None else tokenizer.eos_token_id)
     if windows.numel() < MIN_TOKENS:
         raise CalibrationError(f"the calibration dataset {name} has only {windows.numel()} tokens. Give more text")
-    return CalibrationSet(windows[choose_windows(len(windows), budget.nsamples, budget.seed)])
+    chosen = choose_windows(len(windows), budget.nsamples + budget.held_out, budget.seed)
+    rest = windows[chosen[budget.nsamples :]]
+    held_out = CalibrationSet(rest) if len(rest) else None
+    return CalibrationSet(windows[chosen[: budget.nsamples]], held_out=held_out)
 
 
 def _draw_padded(
@@ -201,11 +215,15 @@ def _draw_padded(
         log.warning("calibration dataset %s: %d samples have under two tokens", name, len(documents) - len(usable))
     if not usable:
         raise CalibrationError(f"the calibration dataset {name} has no sample of two tokens or more. Give more text")
-    chosen = [usable[index] for index in choose_windows(len(usable), budget.nsamples, budget.seed).tolist()]
+    order = choose_windows(len(usable), budget.nsamples + budget.held_out, budget.seed).tolist()
+    chosen = [usable[index] for index in order[: budget.nsamples]]
+    rest = [usable[index] for index in order[budget.nsamples :]]
     n_cut = sum(len(document) > budget.seqlen for document in chosen)
     if n_cut:
         log.info("calibration dataset %s: %d samples are cut to seqlen=%d tokens", name, n_cut, budget.seqlen)
-    return pad_documents(chosen, budget.seqlen, pad_id=_pad_id(tokenizer))
+    pad_id = _pad_id(tokenizer)
+    held_out = pad_documents(rest, budget.seqlen, pad_id=pad_id) if rest else None
+    return dataclasses.replace(pad_documents(chosen, budget.seqlen, pad_id=pad_id), held_out=held_out)
 
 
 def _check_length(drawn: Sequence[CalibrationSet], name: str, budget: Budget, how_to_pad: str) -> None:

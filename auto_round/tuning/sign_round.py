@@ -66,8 +66,10 @@ class SignRound:
             # Steps of 1/iters are too long for a handful of iterations.
             run.go_back()
             note = "steps did not lower the loss; kept the searched rounding"
-            return BlockResult(run.encoded(), run.plain_values(), first_loss, first_loss, 0, note=note)
-        return BlockResult(run.encoded(), run.plain_values(), first_loss, last_loss, best_step)
+            kept = BlockResult(run.encoded(), run.plain_values(), first_loss, first_loss, 0, note=note)
+        else:
+            kept = BlockResult(run.encoded(), run.plain_values(), first_loss, last_loss, best_step)
+        return dataclasses.replace(kept, losses=run.losses[: run.steps_taken].tolist())
 
 
 class _BlockRun:
@@ -86,6 +88,9 @@ class _BlockRun:
         device = task.block.device
         self.decay = torch.ones((), device=device)
         self.step_number = torch.zeros((), dtype=torch.int64, device=device)
+        self.steps_taken = 0
+        self.steps = torch.arange(config.iters, device=device)
+        self.losses = torch.zeros(config.iters, device=device)
         self.all_finite = torch.ones((), dtype=torch.bool, device=device)
         self.best_loss = torch.full((), math.inf, device=device)
         self.best_step = torch.zeros((), dtype=torch.int64, device=device)
@@ -108,6 +113,7 @@ class _BlockRun:
                 self.decay.fill_(_decay(config, step))
                 self.step_number.fill_(step)
                 take_step(samples)
+                self.steps_taken = step + 1
                 if self.keeps_best and 0 < config.dynamic_max_gap <= step - int(self.best_step):
                     break
         return int(self.best_step) if self.keeps_best else config.iters
@@ -158,8 +164,9 @@ class _BlockRun:
 
     @torch.no_grad()
     def _note_loss(self, loss: Tensor) -> None:
-        """Keeps the parameters of the best loss so far, from before the step."""
+        """Keeps the loss, and the parameters of the best one so far, from before the step."""
         self.all_finite.logical_and_(torch.isfinite(loss))
+        torch.where(self.steps == self.step_number, loss, self.losses, out=self.losses)
         if self.keeps_best:
             better = loss < self.best_loss
             for name, tuned in self.weights.items():

@@ -242,3 +242,36 @@ def test_a_real_text_gives_the_ids_of_the_tokenizer():
     windows = stream[: len(stream) // 128 * 128].view(-1, 128)
     samples = load_calibration(str(path), tokenizer, nsamples=16, seqlen=128)
     assert torch.equal(samples.input_ids, windows[permutation(len(windows), 16, 42)])
+
+
+def test_windows_that_follow_in_the_permutation_are_held_out(text_file, tokenizer):
+    samples = load_calibration(str(text_file), tokenizer, nsamples=4, seqlen=8, seed=7, held_out=3)
+    windows = torch.arange(96).view(12, 8)
+    assert torch.equal(samples.input_ids, windows[permutation(12, 4, 7)])
+    assert torch.equal(samples.held_out.input_ids, windows[permutation(12, 7, 7)[4:]])
+
+
+def test_no_more_is_held_out_than_is_left(text_file, tokenizer):
+    assert len(load_calibration(str(text_file), tokenizer, nsamples=10, seqlen=8, held_out=5).held_out) == 2
+    assert load_calibration(str(text_file), tokenizer, nsamples=12, seqlen=8, held_out=5).held_out is None
+
+
+def test_documents_are_held_out_as_they_are_drawn(tokenizer):
+    rows = [torch.arange(start, start + 4 + start % 3) for start in range(9)]
+    samples = load_calibration(rows, tokenizer, nsamples=3, seqlen=16, seed=5, held_out=2)
+    order = permutation(9, 5, 5).tolist()
+    found = [ids[mask].tolist() for ids, mask in zip(*_padded(samples.held_out), strict=True)]
+    assert found == [rows[index].tolist() for index in order[3:]]
+
+
+def test_datasets_share_what_is_held_out(text_file, documents_file, tokenizer):
+    samples = load_calibration(
+        f"{text_file},{documents_file}:concat=False", tokenizer, nsamples=4, seqlen=8, held_out=2
+    )
+    assert len(samples) == 4
+    assert len(samples.held_out) == 2
+
+
+def _padded(samples):
+    mask = samples.attention_mask
+    return samples.input_ids, torch.ones_like(samples.input_ids, dtype=torch.bool) if mask is None else mask

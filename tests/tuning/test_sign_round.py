@@ -189,6 +189,16 @@ def test_the_last_step_is_kept_if_not_told_otherwise(make_task, monkeypatch):
     assert tune(task, iters=15).best_step == 15
 
 
+@pytest.mark.parametrize(
+    "changes", [{}, {"adam": True}, {"iters": 200, "dynamic_max_gap": 3, "lr": 0.5}], ids=["signs", "adam", "stopped"]
+)
+def test_the_loss_of_each_step_that_was_taken_is_in_the_result(changes, make_task, monkeypatch):
+    seen = losses_seen(monkeypatch)
+    result = tune(make_task(W4), **changes)
+    assert result.losses == [loss for loss, _ in seen]
+    assert len(seen) == 20 or "dynamic_max_gap" in changes
+
+
 def test_dynamic_max_gap_stops_after_so_many_steps_without_a_better_loss(make_task, monkeypatch):
     seen = losses_seen(monkeypatch)
     run = _BlockRun(make_task(W4), config_of(iters=200, lr=0.5, lr_scheduler="constant", dynamic_max_gap=3))
