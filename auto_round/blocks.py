@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.func import functional_call
 
 from auto_round import distributed
-from auto_round.block import Block
+from auto_round.block import Block, join_experts
 from auto_round.calibration import CalibrationSet
 from auto_round.calls import (
     NOT_CALLED,
@@ -103,9 +103,11 @@ class BlockStream:
         for name in names:
             stored.update(self.source.tensors(name))
         modules = tuple(self.source.model.get_submodule(name) for name in names)
-        tensors = {key: tensor.to(self.device) for key, tensor in stored.items()}
+        tensors = {key: stored.pop(key).to(self.device) for key in list(stored)}
+        stacks = join_experts(names, modules, tensors)
         calls = tuple(self._calls[name] for name in names)
-        return Block(names, modules, calls, tensors, self.device, self.dtype, shows_all_experts=self.shows_all_experts)
+        shows = self.shows_all_experts
+        return Block(names, modules, calls, tensors, self.device, self.dtype, shows_all_experts=shows, stacks=stacks)
 
     def batches(self) -> list[slice]:
         """Returns the samples of each forward pass; fixed, so that results do not depend on ranks or resuming."""
@@ -120,6 +122,7 @@ class BlockStream:
             CalibrationError: an output is not finite; block and samples are named.
         """
         outputs = torch.empty_like(inputs_NTH)
+        replaced = block.stacked(replaced or {})
         pieces = self.batches()
         for index, piece in enumerate(pieces):
             if index % distributed.world_size() != distributed.rank():

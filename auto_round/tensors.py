@@ -7,7 +7,7 @@ not divide has a shorter last group; in grouped form that group is padded with z
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -129,6 +129,26 @@ class QuantizedTensor:
         return dataclasses.replace(self, **moved)
 
 
+# Fields of QuantizedTensor that hold tensors, those that may be None last.
+TENSOR_FIELDS = ("codes", "scale", "zero_point", "global_scale", "input_peak", "offset", "super_scale", "super_offset")
+# Those of them with a row for each row of the weight.
+ROW_FIELDS = ("codes", "scale", "zero_point", "offset", "super_scale", "super_offset")
+
+
+def rows_of(weight: QuantizedTensor, rows: slice) -> QuantizedTensor:
+    """Returns some rows of a weight, as views; what all rows share is shared further."""
+    fields = ((name, getattr(weight, name)) for name in ROW_FIELDS)
+    some: dict[str, Any] = {name: tensor[rows] for name, tensor in fields if tensor is not None}
+    return dataclasses.replace(weight, **some)
+
+
+def joined_rows(pieces: Sequence[QuantizedTensor]) -> QuantizedTensor:
+    """Returns the weight that some pieces are the rows of, what all rows share taken from the first."""
+    fields = ((name, [getattr(piece, name) for piece in pieces]) for name in ROW_FIELDS)
+    joined: dict[str, Any] = {name: torch.cat(found) for name, found in fields if found[0] is not None}
+    return dataclasses.replace(pieces[0], **joined)
+
+
 def dequantize_by_rows(weight: QuantizedTensor, dtype: torch.dtype) -> Tensor:
     """Returns what `dequantize` does, made some rows at a time.
 
@@ -138,17 +158,8 @@ def dequantize_by_rows(weight: QuantizedTensor, dtype: torch.dtype) -> Tensor:
     dense = torch.empty(weight.shape, dtype=dtype, device=weight.codes.device)
     for start in range(0, weight.shape[0], step):
         rows = slice(start, start + step)
-        # Each row has scales of its own, also where rows share them.
-        zero = None if weight.zero_point is None else weight.zero_point[rows]
-        some = dataclasses.replace(weight, codes=weight.codes[rows], scale=weight.scale[rows], zero_point=zero)
-        dense[rows] = some.dequantize(dtype)
+        dense[rows] = rows_of(weight, rows).dequantize(dtype)  # each row has scales of its own, also where rows share
     return dense
-
-
-# Fields of QuantizedTensor that hold tensors, those that may be None last.
-TENSOR_FIELDS = ("codes", "scale", "zero_point", "global_scale", "input_peak", "offset", "super_scale", "super_offset")
-# Those of them with a row for each row of the weight.
-ROW_FIELDS = ("codes", "scale", "zero_point", "offset", "super_scale", "super_offset")
 
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)

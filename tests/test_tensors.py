@@ -11,6 +11,8 @@ from auto_round.tensors import (
     expand_groups,
     from_groups,
     group_count,
+    joined_rows,
+    rows_of,
     to_groups,
 )
 
@@ -141,3 +143,20 @@ def test_a_block_result_sums_up_without_tensors():
     result = BlockResult({}, first_loss=2.0, best_loss=1.0, best_step=7, note="x", expert_tokens=tokens)
     expected = {"first_loss": 2.0, "best_loss": 1.0, "best_step": 7, "note": "x", "expert_tokens": tokens}
     assert result.summary() == expected
+
+
+def test_rows_of_a_weight_join_to_it_again():
+    """What all rows share stays as it is."""
+    groups = (6, 2)
+    weight = QuantizedTensor(
+        torch.randint(0, 4, (6, 8), dtype=torch.uint8), torch.rand(groups),
+        torch.randint(1, 4, groups, dtype=torch.uint8), QuantizationScheme(bits=2, group_size=4, sym=False),
+        input_peak=torch.tensor(3.0), offset=torch.rand(groups),
+    )  # fmt: skip
+    pieces = [rows_of(weight, slice(0, 1)), rows_of(weight, slice(1, 6))]
+    assert [piece.shape for piece in pieces] == [(1, 8), (5, 8)]
+    joined = joined_rows(pieces)
+    for field in ("codes", "scale", "zero_point", "offset", "input_peak"):
+        assert torch.equal(getattr(joined, field), getattr(weight, field))
+    assert joined.global_scale is None
+    assert torch.equal(torch.cat([piece.dequantize() for piece in pieces]), weight.dequantize())

@@ -45,17 +45,27 @@ class TuningTask:
     seed: int
 
     def weight(self, name: str) -> Tensor:
-        """Returns the original weight (O, I), in its stored precision, on the compute device."""
+        """Returns the original weight (O, I), in its stored precision, on the compute device.
+
+        Args:
+            name: of a weight, or of a stack of the block: the rows of all experts follow each other then.
+        """
         stored = self.block.tensors[name]
-        return stored.t() if name in self.transposed else stored
+        return stored.t() if name in self.transposed else stored.flatten(0, -2)
 
     def tensor_peaks(self) -> dict[str, Tensor]:
         """Returns `joined_peaks` of the block's weights."""
         return joined_peaks({name: self.weight(name) for name in self.schemes}, self.schemes)
 
     def as_parameter(self, name: str, weight_OI: Tensor) -> Tensor:
-        """Returns a weight in the form and precision that the block's forward takes."""
+        """Returns a weight, or a stack, in the form and precision that the block's forward takes."""
+        if name in self.block.stacks:
+            return weight_OI.unflatten(0, (len(self.block.stacks[name]), -1)).to(self.block.dtype)
         return (weight_OI.t() if name in self.transposed else weight_OI).to(self.block.dtype)
+
+    def rows(self, name: str, parameter: Tensor) -> Tensor:
+        """Returns (O, I): what `as_parameter` was given for a tensor like its result."""
+        return parameter.t() if name in self.transposed else parameter.flatten(0, -2)
 
     def generator(self) -> torch.Generator:
         """Returns a fresh CPU generator for this block."""
