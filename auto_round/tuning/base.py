@@ -89,6 +89,28 @@ def joined_peaks(weights: Mapping[str, Tensor], schemes: Mapping[str, Quantizati
     return peaks
 
 
+def tuned_together(task: TuningTask) -> dict[str, tuple[str, ...]]:
+    """Returns name of a weight, or of a stack -> the weights that it holds, in the order of the block's schemes.
+
+    Parts of a stack are tuned together where all have one scheme, and no scale is shared by rows of a whole weight.
+    """
+    stack_of = {}
+    for stack, parts in task.block.stacks.items():
+        schemes = {task.schemes.get(part) for part in parts}
+        scheme = schemes.pop()
+        if not schemes and scheme is not None and _has_rows_of_its_own(scheme):
+            stack_of |= dict.fromkeys(parts, stack)
+    units: dict[str, tuple[str, ...]] = {}
+    for name in task.schemes:
+        unit = stack_of.get(name, name)
+        units[unit] = task.block.stacks.get(unit, (name,))
+    return units
+
+
+def _has_rows_of_its_own(scheme: QuantizationScheme) -> bool:
+    return isinstance(scheme.group_size, int) and scheme.group_size != 0
+
+
 class Tuner(Protocol):
     """Chooses codes, scales and zero points for the weights of a block."""
 

@@ -15,7 +15,8 @@ from auto_round.config import TuneConfig
 from auto_round.data_types import DATA_TYPES
 from auto_round.data_types.base import Range
 from auto_round.schemes import QuantizationScheme
-from auto_round.tuning.base import TuningTask
+from auto_round.tuning.base import TuningTask, tuned_together
+from auto_round.tuning.search import searched_ranges
 from auto_round.tuning.statistics import channel_importance, output_sensitivity
 from auto_round.tuning.tuned_weight import Curvature, TunedWeight
 
@@ -38,10 +39,7 @@ def starting_weights(task: TuningTask, config: TuneConfig) -> dict[str, TunedWei
     for name, parts in tuned_together(task).items():
         scheme, weight = task.schemes[parts[0]], task.weight(name)
         data_type, pieces = DATA_TYPES[scheme.data_type], weight.chunk(len(parts))
-        ranges = [
-            data_type.search_range(piece, scheme, importance.get(part), peaks.get(part))
-            for part, piece in zip(parts, pieces, strict=True)
-        ]
+        ranges = searched_ranges(pieces, scheme, [importance.get(p) for p in parts], [peaks.get(p) for p in parts])
         weights[name] = TunedWeight(
             weight=weight,
             scheme=scheme,
@@ -55,31 +53,9 @@ def starting_weights(task: TuningTask, config: TuneConfig) -> dict[str, TunedWei
     return weights
 
 
-def tuned_together(task: TuningTask) -> dict[str, tuple[str, ...]]:
-    """Returns name of a weight, or of a stack -> the weights that it holds, in the order of the block's schemes.
-
-    Parts of a stack are tuned together where all have one scheme, and no scale is shared by rows of a whole weight.
-    """
-    stack_of = {}
-    for stack, parts in task.block.stacks.items():
-        schemes = {task.schemes.get(part) for part in parts}
-        scheme = schemes.pop()
-        if not schemes and scheme is not None and _has_rows_of_its_own(scheme):
-            stack_of |= dict.fromkeys(parts, stack)
-    units: dict[str, tuple[str, ...]] = {}
-    for name in task.schemes:
-        unit = stack_of.get(name, name)
-        units[unit] = task.block.stacks.get(unit, (name,))
-    return units
-
-
 def reach(scheme: QuantizationScheme, config: TuneConfig) -> float:
     """Returns how far a rounding offset may travel, in steps of the grid."""
     return 1.0 if config.enable_alg_ext and scheme.bits <= WIDE_REACH_BITS else 0.5
-
-
-def _has_rows_of_its_own(scheme: QuantizationScheme) -> bool:
-    return isinstance(scheme.group_size, int) and scheme.group_size != 0
 
 
 def _joined(ranges: Sequence[Range]) -> Range:

@@ -12,8 +12,9 @@ from auto_round.conversion import unfuse
 from auto_round.schemes import PRESET_SCHEMES, QuantizationScheme
 from auto_round.tensors import TENSOR_FIELDS
 from auto_round.tuning import SignRound
+from auto_round.tuning.base import tuned_together
 from auto_round.tuning.sign_round import _BlockRun
-from auto_round.tuning.start import starting_weights, tuned_together
+from auto_round.tuning.start import starting_weights
 from auto_round.tuning.tuned_weight import TunedWeight
 
 W2A = QuantizationScheme(bits=2, group_size=32, sym=False)
