@@ -128,7 +128,9 @@ class TuneConfig:
         None, "tune clip ranges (default: of integers, where it helps)", off="--disable_minmax_tuning"
     )
     enable_norm_bias_tuning: bool = option(False, "tune norm weights and biases of blocks too")
-    enable_alg_ext: bool = option(False, "curvature-corrected sign steps: better at 2 to 4 bits")
+    enable_alg_ext: bool | None = option(
+        None, "steps see the curvature of each weight (default: sign steps do)", off="--disable_alg_ext"
+    )
     not_use_best_mse: bool = option(
         True, "keep the last step; off: the one with the least loss on its own samples", off="--use_best_mse"
     )
@@ -174,6 +176,11 @@ class TuneConfig:
         return self.minmax_lr if self.minmax_lr is not None else self.rounding_step
 
     @property
+    def uses_curvature(self) -> bool:
+        """Whether steps see the curvature of each weight."""
+        return not self.adam if self.enable_alg_ext is None else self.enable_alg_ext
+
+    @property
     def needs_calibration(self) -> bool:
         """Whether any text is needed."""
         return self.iters > 0 or not self.disable_opt_rtn
@@ -183,15 +190,19 @@ class TuneConfig:
 class EndToEndConfig:
     """How the scales of all layers are tuned together, after the blocks."""
 
-    e2e_steps: int = option(
-        0, "steps that tune all scales together, codes fixed, by KL to the 16-bit model's predictions; 0: none"
+    e2e_steps: int | None = option(
+        None,
+        "steps that tune all scales together, codes fixed, by KL to the 16-bit model's predictions; 0: none (default: "
+        "50 or iters/4, at 2 and 3 bits)",
+        kind=int,
     )
     # models/lm-6m, 2 bits g64, 100 steps on 128 x 256 tokens, perplexity of dev.txt and WikiText-2 (31.01 and 97.1
     # without): 1e-3 30.15 and 94.0, 2e-3 30.04 and 93.0, 3e-3 30.05 and 92.8, 1e-2 30.20 and 93.3.
     e2e_lr: float = option(2e-3, "largest step of a scale, as a fraction of it; falls to 0 over the steps", kind=float)
 
     def __post_init__(self) -> None:
-        problems = [f"e2e_steps={self.e2e_steps} (0 for none, or a number of steps)"] if self.e2e_steps < 0 else []
+        below = self.e2e_steps is not None and self.e2e_steps < 0
+        problems = [f"e2e_steps={self.e2e_steps} (0 for none, or a number of steps)"] if below else []
         problems += [f"e2e_lr={self.e2e_lr} (must be positive)"] if not self.e2e_lr > 0 else []
         if problems:
             raise ConfigError("; ".join(problems))

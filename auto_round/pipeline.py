@@ -110,7 +110,8 @@ def quantize(session: Session, work: Path) -> RunStore:
     for warning in plan.warnings:
         logger.warning("%s", warning)
     needs_calibration = plan.needs_calibration or (config.tune.needs_calibration and bool(plan.quantized()))
-    data = load_data(session) if needs_calibration or config.end_to_end.e2e_steps else None
+    steps = end_to_end.steps_of(config, plan)
+    data = load_data(session) if needs_calibration or steps else None
     store = _open_store(work, session, data)
     with repeatable_kernels():
         if data is None or not needs_calibration:
@@ -118,9 +119,10 @@ def quantize(session: Session, work: Path) -> RunStore:
         else:
             _tune_everything(session, store, data)
         distributed.barrier()
-        if data is not None and config.end_to_end.e2e_steps:
+        if data is not None and steps:
             opened = functools.partial(_open_stream, session, data, quantized_chain=False)
-            end_to_end.tune_scales(plan, store, config, opened, seed=block_seed(config.tune.seed, "end_to_end"))
+            seed = block_seed(config.tune.seed, "end_to_end")
+            end_to_end.tune_scales(plan, store, config, opened, steps=steps, seed=seed)
     assert all(store.has(group[0]) for group in plan.groups), source
     return store
 

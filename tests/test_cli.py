@@ -17,7 +17,8 @@ DEMO = Path(__file__).resolve().parents[1] / "examples" / "demo_model"
 FLAGS = {
     "--act_bits", "--act_data_type", "--act_dtype", "--act_dynamic", "--act_group_size", "--act_sym", "--adam", "--amp",
     "--asym", "--batch_size", "--bits", "--bs", "--data_type", "--dataset", "--device", "--device_map", "--devices",
-    "--calibrate_all_experts", "--disable_act_dynamic", "--disable_amp", "--disable_minmax_tuning", "--disable_opt_rtn",
+    "--calibrate_all_experts", "--disable_act_dynamic", "--disable_alg_ext", "--disable_amp",
+    "--disable_minmax_tuning", "--disable_opt_rtn",
     "--disable_quanted_input", "--dry_run", "--dtype", "--dynamic_max_gap", "--enable_alg_ext",
     "--enable_minmax_tuning", "--enable_norm_bias_tuning", "--enable_quanted_input", "--enable_torch_compile",
     "--e2e_lr", "--e2e_steps",
@@ -96,6 +97,7 @@ def test_every_flag_has_a_line_of_help():
         (["--disable_quanted_input"], "tune", "enable_quanted_input", False),
         (["--disable_amp"], "tune", "amp", False),
         (["--enable_alg_ext"], "tune", "enable_alg_ext", True),
+        (["--disable_alg_ext"], "tune", "enable_alg_ext", False),
         (["--group_size", "-1"], "scheme", "group_size", -1),
         (["--iter", "7"], "tune", "iters", 7),
         (["--lr", "0.01"], "tune", "lr", 0.01),

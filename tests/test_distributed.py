@@ -54,11 +54,14 @@ print(json.dumps({"size": size, "rank": rank, "written": written}))
 """
 # Two samples a micro-batch and two micro-batches a step: one process adds the terms that two ranks have one of each,
 # and a sum of two float32 terms does not depend on their order. So everything must be the same bits.
-TWO_TERMS = {"iters": 4, "batch_size": 2, "gradient_accumulate_steps": 2, "group_size": 32, "bits": 2, "device": "cpu"}
+TWO_TERMS = {
+    "iters": 4, "batch_size": 2, "gradient_accumulate_steps": 2, "group_size": 32, "bits": 2, "device": "cpu",
+    "e2e_steps": 0,
+}  # fmt: skip
 CASES = {
     "plain": {},
     "asym": {"sym": False},
-    "alg_ext": {"enable_alg_ext": True},
+    "paper": {"enable_alg_ext": False},
     "adam": {"adam": True},
     "norms-and-head": {"enable_norm_bias_tuning": True, "quant_lm_head": True},
     "one-rank-idle": {"batch_size": 1, "gradient_accumulate_steps": 1},

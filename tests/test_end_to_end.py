@@ -274,6 +274,42 @@ def test_held_out_samples_are_never_stepped_on(make_model, ids, tmp_path, monkey
     assert not stepped & looked_at
 
 
+# --- how many steps ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "steps"),
+    [
+        ({"bits": 2, "iters": 200}, 50),
+        ({"bits": 3, "iters": 1000}, 250),
+        ({"bits": 2, "iters": 3}, 3),
+        ({"bits": 2, "iters": 0}, 0),
+        ({"bits": 4, "iters": 200}, 0),
+        ({"scheme": "MXFP4", "iters": 200}, 0),
+        ({"bits": 2, "iters": 200, "layer_config": {"mlp": {"bits": 8}}}, 0),
+        ({"bits": 2, "iters": 200, "layer_config": {"k_proj": {"bits": 8}}}, 50),
+        ({"bits": 2, "iters": 200, "e2e_steps": 0}, 0),
+        ({"bits": 4, "iters": 200, "e2e_steps": 7}, 7),
+    ],
+)
+def test_steps_are_taken_at_few_bits_unless_said_otherwise(options, steps, make_model, tmp_path):
+    config = RunConfig.from_options(model=make_model(), output_dir=str(tmp_path), group_size=32, **options)
+    session = session_module.open_session(config)
+    assert end_to_end.steps_of(session.config, session.plan) == steps
+
+
+def test_steps_by_default_are_left_out_where_they_cannot_be_taken(make_model, token_ids, ids, tmp_path, caplog):
+    options = {"iters": 2, "bits": 2, "e2e_steps": None}
+    with caplog.at_level("INFO"):
+        one = quantize(make_model(), tmp_path / "one", dataset=CalibrationSet(token_ids(1, 16)), nsamples=1, **options)
+        headless = quantize(make_model().model, tmp_path / "headless", dataset=ids, **options)
+        done = quantize(make_model(), tmp_path / "done", dataset=ids, **options)
+    assert not one[0].scales_record()
+    assert not headless[0].scales_record()
+    assert done[0].scales_record()["options"]["e2e_steps"] is None
+    assert "left out; it needs at least 2 calibration samples" in caplog.text
+
+
 # --- refusals ---------------------------------------------------------------------------------------------------
 
 

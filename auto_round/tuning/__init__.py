@@ -57,5 +57,5 @@ def idle(tokens: Mapping[str, Sequence[int]]) -> str:
 def tuner_for(config: TuneConfig) -> Tuner:
     """Returns the tuner that a configuration asks for."""
     if config.iters > 0:
-        return SignRound(needs_original_inputs=config.enable_alg_ext)
+        return SignRound()
     return PlainRounding() if config.disable_opt_rtn else SearchedRounding()

@@ -7,8 +7,8 @@ parameters, layer by layer, so that the block's graph never holds the quantizer'
 Scales start from an importance-weighted search and clip factors may move both ways around it; the paper starts from the
 min-max range, which costs about 1.5 perplexity more at 2 bits asymmetric (docs/algorithms.md has the figures).
 
-With `enable_alg_ext` the sign step also sees the curvature of each weight, so that it settles instead of flipping
-between two codes, may travel further at 2 and 3 bits, and the last step is kept, no best copy.
+The sign step also sees the curvature of each weight, so that it settles instead of flipping between two codes and may
+travel further at 2 and 3 bits; `--disable_alg_ext` is the paper's step.
 """
 
 from __future__ import annotations
@@ -45,10 +45,7 @@ class SignRound:
     """The tuner behind `iters > 0`."""
 
     needs_targets = True
-
-    def __init__(self, *, needs_original_inputs: bool = True) -> None:
-        """Original inputs are what the curvature of `enable_alg_ext` is found on; without it they can be left out."""
-        self.needs_original_inputs = needs_original_inputs
+    needs_original_inputs = False
 
     def __call__(self, task: TuningTask, config: TuneConfig) -> BlockResult:
         """Returns the tuned weights of a block; rounding to nearest, with a note, if a loss is not finite."""
@@ -94,8 +91,7 @@ class _BlockRun:
         alone = distributed.world_size() == 1 and self.adam is None
         self.moves_in_backward = alone and not self._may_be_captured()
         # To stop where the loss no longer falls is to keep what was best.
-        wants_best = not config.not_use_best_mse or config.dynamic_max_gap > 0
-        self.keeps_best = wants_best and not config.enable_alg_ext
+        self.keeps_best = not config.not_use_best_mse or config.dynamic_max_gap > 0
         # Of the best step only what is stored is kept: a byte a weight, where its offset would take four.
         self.best = {n: w.encoded() for n, w in self.weights.items()} if self.keeps_best else {}
         self.best_plain = {n: tensor.clone() for n, tensor in self.plain.items()} if self.keeps_best else self.plain

@@ -29,12 +29,9 @@ def starting_weights(task: TuningTask, config: TuneConfig) -> dict[str, TunedWei
     names = list(task.schemes)
     importance = channel_importance(task.block, task.inputs, task.batches, names, mask_NT=task.mask)
     sensitivity: Mapping[str, Tensor] = {}
-    if config.enable_alg_ext:
-        assert task.original_inputs is not None
+    if config.uses_curvature:
         probes = list(task.batches)[:PROBE_BATCHES]
-        sensitivity = output_sensitivity(
-            task.block, task.original_inputs, probes, names, task.generator(), mask_NT=task.mask
-        )
+        sensitivity = output_sensitivity(task.block, task.inputs, probes, names, task.generator(), mask_NT=task.mask)
     weights, peaks = {}, task.tensor_peaks()
     for name, parts in tuned_together(task).items():
         scheme, weight = task.schemes[parts[0]], task.weight(name)
@@ -55,7 +52,7 @@ def starting_weights(task: TuningTask, config: TuneConfig) -> dict[str, TunedWei
 
 def reach(scheme: QuantizationScheme, config: TuneConfig) -> float:
     """Returns how far a rounding offset may travel, in steps of the grid."""
-    return 1.0 if config.enable_alg_ext and scheme.bits <= WIDE_REACH_BITS else 0.5
+    return 1.0 if config.uses_curvature and scheme.bits <= WIDE_REACH_BITS else 0.5
 
 
 def _joined(ranges: Sequence[Range]) -> Range:

@@ -67,7 +67,7 @@ def test_tuning_ends_below_rounding_to_nearest(kind, scheme, make_task, make_mod
 
 @pytest.mark.parametrize(
     ("kind", "changes"),
-    [(kind, changes) for kind in BLOCK_TYPES for changes in ({"enable_alg_ext": True}, {})]
+    [(kind, changes) for kind in BLOCK_TYPES for changes in ({}, {"enable_alg_ext": False})]
     + [("q2_k", {"adam": True})],
 )
 def test_blocks_of_gguf_are_tuned_on_the_grid_that_a_file_holds(kind, changes, make_task, make_model):
@@ -110,7 +110,7 @@ def test_the_task_is_not_changed(make_task):
     kept = {name: tensor.clone() for name, tensor in task.block.tensors.items()}
     modules = [(id(m), len(m._forward_hooks), sorted(vars(m))) for m in task.block.modules[0].modules()]
     inputs, targets = task.inputs.clone(), task.targets.clone()
-    tune(task, iters=3, enable_alg_ext=True, enable_norm_bias_tuning=True)
+    tune(task, iters=3, enable_norm_bias_tuning=True)
     assert all(torch.equal(tensor, kept[name]) for name, tensor in task.block.tensors.items())
     assert modules == [(id(m), len(m._forward_hooks), sorted(vars(m))) for m in task.block.modules[0].modules()]
     assert all(p.grad is None for p in task.block.modules[0].parameters())
@@ -199,7 +199,7 @@ def test_dynamic_max_gap_stops_after_so_many_steps_without_a_better_loss(make_ta
     assert len(losses) == best + 3 + 1
 
 
-@pytest.mark.parametrize("extra", [{}, {"adam": True}, {"enable_alg_ext": True}], ids=["sign", "adam", "alg_ext"])
+@pytest.mark.parametrize("extra", [{}, {"adam": True}, {"enable_alg_ext": False}], ids=["curved", "adam", "plain"])
 def test_without_minmax_tuning_the_clip_factors_stay_one(extra, make_task):
     run = _BlockRun(make_task(W2A), config_of(enable_minmax_tuning=False, not_use_best_mse=True, **extra))
     run.descend()
@@ -210,7 +210,7 @@ def test_without_minmax_tuning_the_clip_factors_stay_one(extra, make_task):
 
 
 def test_parameters_stay_in_their_bounds(make_task):
-    run = _BlockRun(make_task(W2A), config_of(lr=5.0, minmax_lr=5.0, not_use_best_mse=True, iters=3))
+    run = _BlockRun(make_task(W2A), config_of(lr=5.0, minmax_lr=5.0, iters=3, enable_alg_ext=False))
     run.descend()
     for tuned in run.weights.values():
         assert float(tuned.params["rounding"].abs().max()) == 0.5
@@ -218,9 +218,9 @@ def test_parameters_stay_in_their_bounds(make_task):
         assert (float(clips.min()), float(clips.max())) == CLIP_BOUNDS
 
 
-def test_alg_ext_lets_offsets_travel_a_whole_step_up_to_three_bits(make_task):
+def test_curvature_lets_offsets_travel_a_whole_step_up_to_three_bits(make_task):
     for scheme, reach in ((W2, 1.0), (W4, 0.5)):
-        run = _BlockRun(make_task(scheme), config_of(lr=5.0, iters=3, enable_alg_ext=True))
+        run = _BlockRun(make_task(scheme), config_of(lr=5.0, iters=3))
         run.descend()
         assert {float(tuned.params["rounding"].abs().max()) for tuned in run.weights.values()} == {reach}
 
@@ -228,7 +228,7 @@ def test_alg_ext_lets_offsets_travel_a_whole_step_up_to_three_bits(make_task):
 def test_the_first_step_moves_every_offset_by_lr_against_its_gradient(make_task):
     """Worked by hand: at zero offsets the straight-through gradient of an offset is scale * dL/dW inside the grid."""
     task = make_task(W2, names=("down_proj",))
-    run = _BlockRun(task, config_of(iters=10, not_use_best_mse=True))
+    run = _BlockRun(task, config_of(iters=10, enable_alg_ext=False))
     run.decay.fill_(1.0)
     _, gradients = run.loss_and_gradients(torch.arange(4), run.dequantized(requires_grad=True))
     (tuned,) = run.weights.values()
@@ -276,11 +276,11 @@ def test_adam_lowers_the_loss_another_way(make_task):
     assert share_of_other_codes(adam, sign) > 0
 
 
-def test_alg_ext_is_better_than_plain_sign_steps_on_average(make_task):
+def test_curvature_is_better_than_plain_sign_steps_on_average(make_task):
     gains = []
     for seed in range(3):
         task = make_task(W2A, seed=seed)
-        plain, extended = tune(task, iters=40), tune(task, iters=40, enable_alg_ext=True)
+        plain, extended = tune(task, iters=40, enable_alg_ext=False), tune(task, iters=40)
         gains.append(math.log(output_error(task, plain) / output_error(task, extended)))
     assert sum(gains) / len(gains) > 0
 
@@ -288,7 +288,7 @@ def test_alg_ext_is_better_than_plain_sign_steps_on_average(make_task):
 def test_curvature_pulls_an_offset_to_the_nearest_level(make_task):
     """Formula of the module's docstring, evaluated for one weight at a time with plain numbers."""
     task = make_task(W2, names=("o_proj",))
-    run = _BlockRun(task, config_of(enable_alg_ext=True))
+    run = _BlockRun(task, config_of())
     (tuned,) = run.weights.values()
     tuned.params["rounding"].uniform_(-0.4, 0.4, generator=torch.Generator().manual_seed(0))
     found = tuned.gradients(torch.zeros_like(tuned.weight, dtype=torch.float32))["rounding"]
@@ -304,9 +304,9 @@ def test_curvature_pulls_an_offset_to_the_nearest_level(make_task):
 
 def test_working_on_pieces_of_a_weight_changes_nothing(make_task, monkeypatch):
     task = make_task(W2)
-    whole = tune(task, iters=4, enable_alg_ext=True)
+    whole = tune(task, iters=4)
     monkeypatch.setattr("auto_round.tuning.tuned_weight.PIECE_ELEMENTS", {False: 640, True: 640})
-    pieces = tune(task, iters=4, enable_alg_ext=True)
+    pieces = tune(task, iters=4)
     for name, weight in whole.weights.items():
         assert torch.equal(weight.codes, pieces.weights[name].codes)
         assert torch.equal(weight.scale, pieces.weights[name].scale)
@@ -331,7 +331,7 @@ def test_a_loss_that_is_not_finite_only_in_a_step_falls_back_too(make_task):
     assert tune(task, iters=6, batch_size=2).note
 
 
-@pytest.mark.parametrize("extra", [{}, {"enable_alg_ext": True}], ids=["plain", "alg_ext"])
+@pytest.mark.parametrize("extra", [{}, {"enable_alg_ext": False}], ids=["curved", "plain"])
 def test_padded_tokens_do_not_count(extra, make_task, token_ids):
     """Neither what a block sees at padding nor what it should give there changes a code."""
     mask = torch.ones(8, 16, dtype=torch.bool)
@@ -398,7 +398,7 @@ def test_a_block_with_experts_that_see_no_token_is_tuned(make_task):
     assert torch.equal(result.weights[name].codes, expected.codes)
 
 
-@pytest.mark.parametrize("extra", [{}, {"enable_alg_ext": True}, {"enable_norm_bias_tuning": True}])
+@pytest.mark.parametrize("extra", [{}, {"enable_alg_ext": False}, {"enable_norm_bias_tuning": True}])
 def test_moving_weights_during_the_backward_pass_changes_nothing(extra, make_task, monkeypatch):
     task = make_task(W2A)
     early = tune(task, iters=5, **extra)
