@@ -36,17 +36,32 @@ class FloatElement:
         """Bits of a code."""
         return 1 + self.exponent_bits + self.mantissa_bits
 
+    @property
+    def fraction_bits(self) -> int:
+        """Bits below the leading one: numbers around 2**n are 2**(n - fraction_bits) apart."""
+        return self.mantissa_bits
+
+    @property
+    def min_exponent(self) -> int:
+        """Exponent of the least normal number ("emin"), below which distances stay the same."""
+        return 1 - self.bias
+
+    @property
+    def offsets_count_scales(self) -> bool:
+        """Whether rounding offsets are in units of the scale, not of the distance between numbers.
+
+        FP4's distances are 0.5, 1 and 2. Offsets in units of 1 can move its small numbers by a whole step and its large
+        ones by a quarter, which tunes better than half a step everywhere. FP6 and FP8 have distances too far apart.
+        """
+        return self.bits == 4
+
     def spacing(self, x: Tensor) -> Tensor:
         """Returns the distance between neighbouring numbers around each x, a power of two."""
         return power_of_two(self._exponent(x.abs().clamp(max=self.largest)) - self.mantissa_bits)
 
     def offset_unit(self, x: Tensor) -> Tensor:
-        """Returns the unit of rounding offsets around each x.
-
-        FP4's distances are 0.5, 1 and 2. Offsets in units of 1 can move its small numbers by a whole step and its large
-        ones by a quarter, which tunes better than half a step everywhere. FP6 and FP8 have distances too far apart.
-        """
-        return torch.ones_like(x) if self.bits == 4 else self.spacing(x)
+        """Returns the unit of rounding offsets around each x."""
+        return torch.ones_like(x) if self.offsets_count_scales else self.spacing(x)
 
     def round(self, x: Tensor) -> Tensor:
         """Returns the nearest number of the format for each x, float32."""
@@ -69,17 +84,24 @@ class FloatElement:
         return _decoded(self, codes.device)[codes.long()]
 
     def _exponent(self, magnitude: Tensor) -> Tensor:
-        return floor_log2(magnitude).clamp(min=1 - self.bias)
+        return floor_log2(magnitude).clamp(min=self.min_exponent)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class FixedElement:
-    """Two's-complement integers with an implied scale of 2**-fraction_bits; the most negative code is not used."""
+    """Two's-complement integers with an implied scale of 2**-fraction_bits; the most negative code is not used.
+
+    Attributes:
+        min_exponent, max_exponent: as of a float element whose numbers are all as far apart as those around 1.
+        offsets_count_scales: as of `FloatElement`.
+    """
 
     name: str
     bits: int
     fraction_bits: int
+    min_exponent: int = 0
     max_exponent: int = 0
+    offsets_count_scales: bool = False
 
     @property
     def largest(self) -> float:

@@ -170,3 +170,14 @@ def test_the_largest_level_of_a_type(data_type, bits, largest):
 def test_float_codes_have_the_width_of_their_name():
     assert all(element.bits == bits for (_, bits), element in ELEMENTS.items())
     assert all(isinstance(element, FloatElement) for element in FLOATS.values())
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_distances_follow_from_exponents_and_fraction_bits(name):
+    """What kernels make numbers of an element from."""
+    element, x = EVERY[name], torch.randn(1000, generator=torch.Generator().manual_seed(0)) * 1000
+    x = torch.cat([x, x * 1e-4, x * 1e-8, torch.zeros(1)])
+    exponent = floor_log2(x.abs()).clamp(element.min_exponent, element.max_exponent)
+    assert torch.equal(element.spacing(x), power_of_two(exponent - element.fraction_bits))
+    unit = torch.ones_like(x) if element.offsets_count_scales else element.spacing(x)
+    assert torch.equal(element.offset_unit(x), unit)

@@ -87,16 +87,14 @@ class FloatDataType:
 
     def fake_quantize(self, weight_OI: Tensor, scheme: QuantizationScheme, range_: Range, params: Params) -> Tensor:
         """Returns (O, I) float32, differentiable in `params`."""
-        scale = _effective(self._stored(weight_OI, scheme, range_, params), range_.get("global_scale"))
-        return fake_quantize(weight_OI, scheme, scale, params)
+        return fake_quantize(weight_OI, scheme, self.effective_scale(weight_OI, scheme, range_, params), params)
 
     @torch.no_grad()
     def rounding_state(
         self, weight_OI: Tensor, scheme: QuantizationScheme, range_: Range, params: Params
     ) -> RoundingState:
         """Returns where each weight stands between the numbers of the element."""
-        scale = _effective(self._stored(weight_OI, scheme, range_, params), range_.get("global_scale"))
-        return rounding_state(weight_OI, scheme, scale, params)
+        return rounding_state(weight_OI, scheme, self.effective_scale(weight_OI, scheme, range_, params), params)
 
     @torch.no_grad()
     def encode(self, weight_OI: Tensor, scheme: QuantizationScheme, range_: Range, params: Params) -> QuantizedTensor:
@@ -105,6 +103,10 @@ class FloatDataType:
         codes = levels_of(weight_OI, scheme, _effective(stored, whole), params)
         own = None if whole is None else whole[0, 0, 0].clone()
         return QuantizedTensor(codes, stored.squeeze(-1), None, scheme, global_scale=own)
+
+    def effective_scale(self, weight_OI: Tensor, scheme: QuantizationScheme, range_: Range, params: Params) -> Tensor:
+        """Returns what numbers of the element are multiplied by, (O, G, 1), differentiable in the clip factors."""
+        return _effective(self._stored(weight_OI, scheme, range_, params), range_.get("global_scale"))
 
     def _stored(self, weight_OI: Tensor, scheme: QuantizationScheme, range_: Range, params: Params) -> Tensor:
         factors = clip_factors(params, weight_OI.shape[0], scheme.group_size)

@@ -19,23 +19,22 @@ from auto_round.data_types.base import (
     MIN_SCALE,
     Params,
     Range,
-    RoundingState,
     cast_ste,
     grouped_importance,
     round_ste,
 )
 from auto_round.data_types.int_search import search_asymmetric, search_symmetric
+from auto_round.data_types.integer_grid import IntegerGrid, IntegerGridDataType
 from auto_round.schemes import QuantizationScheme
-from auto_round.tensors import QuantizedTensor, from_groups, to_groups
+from auto_round.tensors import to_groups
 
 MIN_ZERO_POINT = 1
 
 
-class IntDataType:
+class IntDataType(IntegerGridDataType):
     """The data type "int". Stateless."""
 
     name = "int"
-    has_tensor_scale = False
 
     def refuses(self, scheme: QuantizationScheme) -> str | None:
         """Returns a reason for blocks of rows and columns; every width and symmetry is fine."""
@@ -88,56 +87,32 @@ class IntDataType:
 
     def trainable(self, weight_OI: Tensor, scheme: QuantizationScheme) -> dict[str, Tensor]:
         """Returns rounding (O, G, K) zeros and max_scale (and min_scale when asymmetric) (O, G, 1) ones, float32."""
-        grouped = to_groups(weight_OI.float(), scheme.group_size)
-        clip_shape = (1, 1, 1) if scheme.group_size == 0 else (*grouped.shape[:2], 1)
-        params = {"rounding": torch.zeros_like(grouped), "max_scale": grouped.new_ones(clip_shape)}
-        if not scheme.sym:
-            params["min_scale"] = grouped.new_ones(clip_shape)
+        params = super().trainable(weight_OI, scheme)
+        rounding = params["rounding"]
+        clip_shape = (1, 1, 1) if scheme.group_size == 0 else (*rounding.shape[:2], 1)
+        for name in ("max_scale",) if scheme.sym else ("max_scale", "min_scale"):
+            params[name] = rounding.new_ones(clip_shape)
         return params
 
-    def fake_quantize(self, weight_OI: Tensor, scheme: QuantizationScheme, range_: Range, params: Params) -> Tensor:
-        """Returns (O, I) float32, differentiable in `params` through the straight-through estimator."""
-        scale, zero = _scale_and_zero(scheme, range_, params)
-        latent = to_groups(weight_OI.float(), scheme.group_size) / scale + params["rounding"]
-        codes = torch.clamp(round_ste(latent) + zero, 0, 2**scheme.bits - 1)
-        return from_groups(scale * (codes - zero), weight_OI.shape[1])
+    def grid(self, scheme: QuantizationScheme, range_: Range, params: Params) -> IntegerGrid:
+        """Returns the levels with scale and zero point as they are stored."""
+        bounds, top = (0, 2**scheme.bits - 1), 2**scheme.bits - 1
+        if scheme.sym:
+            scale = _away_from_zero(cast_ste(range_["scale"] * params["max_scale"], scheme.scale_dtype), scheme)
+            return IntegerGrid(scale, bounds, zero=torch.full_like(scale, 2 ** (scheme.bits - 1)))
+        low, high = range_["low"] * params["min_scale"], range_["high"] * params["max_scale"]
+        scale = cast_ste((high - low) / top, scheme.scale_dtype).clamp(min=MIN_SCALE[scheme.scale_dtype])
+        return IntegerGrid(scale, bounds, zero=torch.clamp(round_ste(-low / scale), MIN_ZERO_POINT, top))
 
-    @torch.no_grad()
-    def rounding_state(
-        self, weight_OI: Tensor, scheme: QuantizationScheme, range_: Range, params: Params
-    ) -> RoundingState:
-        """Returns scale (O, G, 1), residual and in_range (O, G, K)."""
-        scale, zero = _scale_and_zero(scheme, range_, params)
-        latent = to_groups(weight_OI.float(), scheme.group_size) / scale + params["rounding"]
-        nearest = latent.round()
-        codes = nearest + zero
-        return RoundingState(scale, latent - nearest, (codes >= 0) & (codes <= 2**scheme.bits - 1))
-
-    @torch.no_grad()
-    def encode(self, weight_OI: Tensor, scheme: QuantizationScheme, range_: Range, params: Params) -> QuantizedTensor:
-        """Returns codes and scales; `encode(...).dequantize()` equals `fake_quantize(...)` bit for bit."""
-        scale, zero = _scale_and_zero(scheme, range_, params)
-        latent = to_groups(weight_OI.float(), scheme.group_size) / scale + params["rounding"]
-        codes = torch.clamp(latent.round() + zero, 0, 2**scheme.bits - 1).to(torch.uint8)
-        zero_OG = None if scheme.sym else zero.squeeze(-1).to(torch.uint8)
-        return QuantizedTensor(from_groups(codes, weight_OI.shape[1]).contiguous(), scale.squeeze(-1), zero_OG, scheme)
+    def stored(self, grid: IntegerGrid, scheme: QuantizationScheme, range_: Range) -> dict[str, Tensor | None]:  # noqa: ARG002
+        """Returns {"zero_point"} (O, G) uint8, None when symmetric."""
+        assert grid.zero is not None
+        return {"zero_point": None if scheme.sym else grid.zero.squeeze(-1).to(torch.uint8)}
 
 
 def _away_from_zero(scale: Tensor, scheme: QuantizationScheme) -> Tensor:
     floor = MIN_SCALE[scheme.scale_dtype]
     return torch.where(scale < 0, scale.clamp(max=-floor), scale.clamp(min=floor))
-
-
-def _scale_and_zero(scheme: QuantizationScheme, range_: Range, params: Params) -> tuple[Tensor, Tensor]:
-    """Returns scale and zero point, (O, G, 1) float32 each, on the exact grid that is stored."""
-    if scheme.sym:
-        scale = _away_from_zero(cast_ste(range_["scale"] * params["max_scale"], scheme.scale_dtype), scheme)
-        return scale, torch.full_like(scale, 2 ** (scheme.bits - 1))
-    top = 2**scheme.bits - 1
-    low, high = range_["low"] * params["min_scale"], range_["high"] * params["max_scale"]
-    scale = cast_ste((high - low) / top, scheme.scale_dtype).clamp(min=MIN_SCALE[scheme.scale_dtype])
-    zero = torch.clamp(round_ste(-low / scale), MIN_ZERO_POINT, top)
-    return scale, zero
 
 
 DATA_TYPES.register("int")(IntDataType())

@@ -7,20 +7,19 @@ scale dtype. Unlike a zero point, the minimum may lie anywhere, also above zero.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from auto_round.data_types.affine_search import search_affine
-from auto_round.data_types.base import DATA_TYPES, MIN_SCALE, Params, Range, RoundingState, cast_ste, round_ste
+from auto_round.data_types.base import DATA_TYPES, MIN_SCALE, Params, Range, cast_ste
+from auto_round.data_types.integer_grid import IntegerGrid, IntegerGridDataType
 from auto_round.schemes import QuantizationScheme
-from auto_round.tensors import QuantizedTensor, from_groups, to_groups
+from auto_round.tensors import to_groups
 
 
-class IntFloatMinimumDataType:
+class IntFloatMinimumDataType(IntegerGridDataType):
     """The data type "int_float_zp", as auto-round calls it. Stateless."""
 
     name = "int_float_zp"
-    has_tensor_scale = False
 
     def refuses(self, scheme: QuantizationScheme) -> str | None:
         """Returns a reason for symmetric schemes and for groups that are not of one row."""
@@ -56,41 +55,15 @@ class IntFloatMinimumDataType:
         """Returns the scale and minimum of least weighted squared error."""
         return search_affine(weight_OI, scheme, importance)
 
-    def trainable(self, weight_OI: Tensor, scheme: QuantizationScheme) -> dict[str, Tensor]:
-        """Returns rounding (O, G, K) zeros, float32."""
-        return {"rounding": torch.zeros_like(to_groups(weight_OI.float(), scheme.group_size))}
+    def grid(self, scheme: QuantizationScheme, range_: Range, params: Params) -> IntegerGrid:  # noqa: ARG002
+        """Returns the levels with scale and minimum as they are stored."""
+        scale = cast_ste(range_["scale"], scheme.scale_dtype).clamp(min=MIN_SCALE[scheme.scale_dtype])
+        return IntegerGrid(scale, (0, 2**scheme.bits - 1), offset=cast_ste(range_["low"], scheme.scale_dtype))
 
-    def fake_quantize(self, weight_OI: Tensor, scheme: QuantizationScheme, range_: Range, params: Params) -> Tensor:
-        """Returns (O, I) float32, differentiable in `params` through the straight-through estimator."""
-        scale, low = _scale_and_low(scheme, range_)
-        latent = (to_groups(weight_OI.float(), scheme.group_size) - low) / scale + params["rounding"]
-        codes = torch.clamp(round_ste(latent), 0, 2**scheme.bits - 1)
-        return from_groups(scale * codes + low, weight_OI.shape[1])
-
-    @torch.no_grad()
-    def rounding_state(
-        self, weight_OI: Tensor, scheme: QuantizationScheme, range_: Range, params: Params
-    ) -> RoundingState:
-        """Returns scale (O, G, 1), residual and in_range (O, G, K)."""
-        scale, low = _scale_and_low(scheme, range_)
-        latent = (to_groups(weight_OI.float(), scheme.group_size) - low) / scale + params["rounding"]
-        nearest = latent.round()
-        return RoundingState(scale, latent - nearest, (nearest >= 0) & (nearest <= 2**scheme.bits - 1))
-
-    @torch.no_grad()
-    def encode(self, weight_OI: Tensor, scheme: QuantizationScheme, range_: Range, params: Params) -> QuantizedTensor:
-        """Returns codes and scales; `encode(...).dequantize()` equals `fake_quantize(...)` bit for bit."""
-        scale, low = _scale_and_low(scheme, range_)
-        latent = (to_groups(weight_OI.float(), scheme.group_size) - low) / scale + params["rounding"]
-        codes = latent.round().clamp(0, 2**scheme.bits - 1).to(torch.uint8)
-        codes = from_groups(codes, weight_OI.shape[1]).contiguous()
-        return QuantizedTensor(codes, scale.squeeze(-1), None, scheme, offset=low.squeeze(-1))
-
-
-def _scale_and_low(scheme: QuantizationScheme, range_: Range) -> tuple[Tensor, Tensor]:
-    """Returns scale and minimum, (O, G, 1) each, as they are stored."""
-    scale = cast_ste(range_["scale"], scheme.scale_dtype).clamp(min=MIN_SCALE[scheme.scale_dtype])
-    return scale, cast_ste(range_["low"], scheme.scale_dtype)
+    def stored(self, grid: IntegerGrid, scheme: QuantizationScheme, range_: Range) -> dict[str, Tensor | None]:  # noqa: ARG002
+        """Returns {"zero_point": None, "offset" (O, G) float32}."""
+        assert grid.offset is not None
+        return {"zero_point": None, "offset": grid.offset.squeeze(-1)}
 
 
 DATA_TYPES.register("int_float_zp")(IntFloatMinimumDataType())

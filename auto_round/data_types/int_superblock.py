@@ -19,17 +19,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from auto_round.data_types.base import DATA_TYPES, Params, Range, RoundingState, round_ste
+from auto_round.data_types.base import DATA_TYPES, Params, Range
+from auto_round.data_types.integer_grid import IntegerGrid, IntegerGridDataType
 from auto_round.data_types.superblock_search import grid_of, search_superblocks
 from auto_round.schemes import QuantizationScheme
-from auto_round.tensors import QuantizedTensor, from_groups, to_groups
+from auto_round.tensors import to_groups
 
 
-class SuperBlockDataType:
+class SuperBlockDataType(IntegerGridDataType):
     """The data type "int_dq". Stateless."""
 
     name = "int_dq"
-    has_tensor_scale = False
 
     def refuses(self, scheme: QuantizationScheme) -> str | None:
         """Returns a reason for anything but groups of one row below super-blocks of some width."""
@@ -88,62 +88,22 @@ class SuperBlockDataType:
         """
         return search_superblocks(weight_OI, scheme, importance)
 
-    def trainable(self, weight_OI: Tensor, scheme: QuantizationScheme) -> dict[str, Tensor]:
-        """Returns rounding (O, G, K) zeros, float32."""
-        return {"rounding": torch.zeros_like(to_groups(weight_OI.float(), scheme.group_size))}
+    def grid(self, scheme: QuantizationScheme, range_: Range, params: Params) -> IntegerGrid:  # noqa: ARG002
+        """Returns the levels of each group, as a file's codes and super scales give them."""
+        codes, groups = grid_of(scheme), range_["scale_codes"].shape[1]
+        scale = codes.expand(range_["super_scale"], groups) * range_["scale_codes"]
+        if scheme.sym:
+            return IntegerGrid(scale, codes.bounds)
+        minimum = codes.expand(range_["super_offset"], groups) * range_["minimum_codes"]
+        return IntegerGrid(scale, codes.bounds, offset=-minimum)
 
-    def fake_quantize(self, weight_OI: Tensor, scheme: QuantizationScheme, range_: Range, params: Params) -> Tensor:
-        """Returns (O, I) float32, differentiable in `params` through the straight-through estimator."""
-        grid = grid_of(scheme)
-        scale, minimum = _scale_and_minimum(scheme, range_)
-        latent = _latent(weight_OI, scheme, scale, minimum) + params["rounding"]
-        levels = torch.clamp(round_ste(latent), *grid.bounds)
-        fake = scale * levels if minimum is None else scale * levels - minimum
-        return from_groups(fake, weight_OI.shape[1])
-
-    @torch.no_grad()
-    def rounding_state(
-        self, weight_OI: Tensor, scheme: QuantizationScheme, range_: Range, params: Params
-    ) -> RoundingState:
-        """Returns scale (O, G, 1), residual and in_range (O, G, K)."""
-        grid = grid_of(scheme)
-        scale, minimum = _scale_and_minimum(scheme, range_)
-        latent = _latent(weight_OI, scheme, scale, minimum) + params["rounding"]
-        nearest = latent.round()
-        return RoundingState(scale, latent - nearest, nearest == nearest.clamp(*grid.bounds))
-
-    @torch.no_grad()
-    def encode(self, weight_OI: Tensor, scheme: QuantizationScheme, range_: Range, params: Params) -> QuantizedTensor:
-        """Returns codes and scales; `encode(...).dequantize()` equals `fake_quantize(...)` bit for bit."""
-        grid = grid_of(scheme)
-        scale, minimum = _scale_and_minimum(scheme, range_)
-        latent = _latent(weight_OI, scheme, scale, minimum) + params["rounding"]
-        codes = (latent.round().clamp(*grid.bounds) - grid.bounds[0]).to(torch.uint8)
-        return QuantizedTensor(
-            codes=from_groups(codes, weight_OI.shape[1]).contiguous(),
-            scale=scale.squeeze(-1),
-            zero_point=None,
-            scheme=scheme,
-            offset=None if minimum is None else -minimum.squeeze(-1),
-            super_scale=range_["super_scale"].squeeze(-1),
-            super_offset=None if minimum is None else range_["super_offset"].squeeze(-1),
-        )
-
-
-def _scale_and_minimum(scheme: QuantizationScheme, range_: Range) -> tuple[Tensor, Tensor | None]:
-    """Returns what a group's levels are multiplied by and what is taken off then, (O, G, 1), as a file gives them."""
-    grid, groups = grid_of(scheme), range_["scale_codes"].shape[1]
-    scale = grid.expand(range_["super_scale"], groups) * range_["scale_codes"]
-    if "minimum_codes" not in range_:
-        return scale, None
-    return scale, grid.expand(range_["super_offset"], groups) * range_["minimum_codes"]
-
-
-def _latent(weight_OI: Tensor, scheme: QuantizationScheme, scale: Tensor, minimum: Tensor | None) -> Tensor:
-    """Returns (O, G, K) weights in units of their scale, above the minimum; a scale of zero divides as if it were 1."""
-    grouped = to_groups(weight_OI.float(), scheme.group_size)
-    divisor = torch.where(scale.abs() > 0, scale, torch.ones_like(scale))
-    return (grouped if minimum is None else grouped + minimum) / divisor
+    def stored(self, grid: IntegerGrid, scheme: QuantizationScheme, range_: Range) -> dict[str, Tensor | None]:
+        """Returns {"zero_point": None, "super_scale" (O, S)}, and when asymmetric "offset" (O, G), "super_offset"."""
+        fields: dict[str, Tensor | None] = {"zero_point": None, "super_scale": range_["super_scale"].squeeze(-1)}
+        if not scheme.sym:
+            assert grid.offset is not None
+            fields |= {"offset": grid.offset.squeeze(-1), "super_offset": range_["super_offset"].squeeze(-1)}
+        return fields
 
 
 DATA_TYPES.register("int_dq")(SuperBlockDataType())

@@ -5,6 +5,8 @@ from collections.abc import Mapping, Sequence
 
 from auto_round.config import TuneConfig
 from auto_round.tensors import BlockResult
+from auto_round.tuning import fused_float as _fused_float  # noqa: F401
+from auto_round.tuning import fused_int as _fused_int  # noqa: F401
 from auto_round.tuning.activations import (
     calibrated_peaks,
     input_quantizers,

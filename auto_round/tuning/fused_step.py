@@ -1,4 +1,4 @@
-"""A tuning step of one weight in one pass over it, where a Triton kernel exists: integers on NVIDIA GPUs.
+"""A tuning step of one weight in one pass over it, where a Triton kernel exists for its data type, on NVIDIA GPUs.
 
 Without it a step makes some twenty passes over tensors as large as the weight. `tuned_weight` is the meaning, and what
 runs everywhere else.
@@ -6,39 +6,36 @@ runs everywhere else.
 
 from __future__ import annotations
 
-import math
-from typing import Any
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from auto_round.data_types.base import MIN_SCALE
 from auto_round.device import runs_triton
-from auto_round.tuning.tuned_weight import CLIP_BOUNDS, CURVATURE_SHARE, TunedWeight
+from auto_round.registry import Registry
+from auto_round.tuning.tuned_weight import TunedWeight
 
-# Longer groups (whole rows) would not stay in the registers of a program.
-MAX_GROUP = 16384
 # Weights of one program; a group at least.
 PROGRAM_ELEMENTS = 2048
 
 
-class FusedWeight:
-    """Takes the steps of one weight; `dequantized` (O, I), in the block's precision, is always what it stands for."""
+class FusedWeight(Protocol):
+    """Takes the steps of one weight. The class is registered in FUSED_WEIGHTS under the data types it is for.
+
+    Attributes:
+        dequantized: (O, I) in the block's precision, always what the weight stands for.
+    """
+
+    dequantized: Tensor
 
     def __init__(self, tuned: TunedWeight, dtype: torch.dtype) -> None:
-        self.tuned = tuned
-        self.weight = tuned.weight.contiguous()
-        self.dequantized = torch.empty_like(self.weight, dtype=dtype)
-        scheme = tuned.scheme
-        rows, width = self.weight.shape
-        self.group = width if scheme.group_size == -1 else int(scheme.group_size)  # type: ignore[arg-type]
-        self.groups = width // self.group
-        self.count = rows * self.groups
-        names = ("scale",) if scheme.sym else ("low", "high")
-        ends = [tuned.range_[name].contiguous() for name in names]
-        self.ends = (ends[0], ends[-1])
-        self.none = torch.zeros((), device=self.weight.device)
-        self._launch(self.weight, self.none, 1.0, 0.0, 0.0, moves=False)
+        """Makes `dequantized` from the parameters of a weight, which steps change in place."""
+        ...
+
+    @staticmethod
+    def fits(tuned: TunedWeight) -> bool:
+        """Returns whether the kernel knows groups as those of the weight."""
+        ...
 
     def move(
         self, gradient_OI: Tensor, decay: Tensor, rounding_size: float, clip_size: float, unit: float = 1.0
@@ -47,37 +44,16 @@ class FusedWeight:
 
         `unit` is what the gradient has to be multiplied with to be that of the loss.
         """
-        self._launch(gradient_OI.contiguous(), decay, unit, rounding_size, clip_size, moves=True)
+        ...
 
-    def _launch(
-        self, gradient: Tensor, decay: Tensor, unit: float, rounding_size: float, clip_size: float, *, moves: bool
-    ) -> None:
-        import triton
-        from triton import language as tl
 
-        from auto_round.tuning.triton_step import step_kernel
-
-        tuned = self.tuned.reached_by(gradient.flatten(0, -2)) if moves else self.tuned
-        scheme, curvature = tuned.scheme, tuned.curvature
-        wide = triton.next_power_of_2(self.group)
-        rows = max(1, PROGRAM_ELEMENTS // wide)
-        clip = tuned.params["max_scale"]
-        options: dict[str, Any] = {"num_warps": 4 if wide <= 4096 else 8, "enable_fp_fusion": False}
-        outputs, inputs = (self.none, self.none) if curvature is None else (curvature.outputs, curvature.inputs)
-        sizes = (self.count, self.groups, tuned.part_rows, unit, rounding_size, clip_size, tuned.reach, CURVATURE_SHARE)
-        step_kernel[(math.ceil(self.count / rows),)](
-            self.weight, gradient, tuned.params["rounding"], *self.ends, clip, tuned.params.get("min_scale", clip),
-            outputs, inputs, decay, self.dequantized, *sizes, MIN_SCALE[scheme.scale_dtype],
-            BITS=scheme.bits, SYM=scheme.sym, MOVES=moves, CURVED=curvature is not None,
-            SCALE=getattr(tl, scheme.scale_dtype), LOW=CLIP_BOUNDS[0], HIGH=CLIP_BOUNDS[1],
-            K=self.group, WIDE=wide, ROWS=rows, **options,
-        )  # fmt: skip
+FUSED_WEIGHTS: Registry[type[FusedWeight]] = Registry("data type with a kernel for its tuning steps")
 
 
 def fused_weight(tuned: TunedWeight, dtype: torch.dtype) -> FusedWeight | None:
     """Returns what takes the steps of a weight with a kernel, or None where there is none for it."""
-    scheme, width = tuned.scheme, tuned.weight.shape[1]
-    group = width if scheme.group_size == -1 else scheme.group_size
-    fits = isinstance(group, int) and 0 < group <= MAX_GROUP and width % group == 0
-    is_held = tuned.data_type.name == "int" and fits and runs_triton(tuned.weight)
-    return FusedWeight(tuned, dtype) if is_held else None
+    if tuned.data_type.name not in FUSED_WEIGHTS or not runs_triton(tuned.weight):
+        return None
+    kind = FUSED_WEIGHTS[tuned.data_type.name]
+    assert tuned.params["rounding"].is_contiguous()  # kernels index it themselves
+    return kind(tuned, dtype) if kind.fits(tuned) else None

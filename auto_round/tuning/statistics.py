@@ -181,7 +181,8 @@ def output_sensitivity(
     outputs: dict[str, Tensor] = {}
 
     def keep(name: str, _input: Tensor, output: Tensor) -> None:
-        outputs[name] = output
+        # Keys of cross-attention come from pictures, so nothing before them asks for a gradient.
+        outputs[name] = output if output.requires_grad else output.requires_grad_()
 
     for piece in batches:
         outputs.clear()

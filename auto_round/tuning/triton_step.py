@@ -1,4 +1,4 @@
-"""Triton kernel of one tuning step for integer weights, and what it needs.
+"""Triton kernel of one tuning step for integer weights, and what it shares with `triton_float_step`.
 
 One program takes some groups of a weight. It reads the gradient of the dequantized weights once, takes the gradients
 of the group's parameters as autograd takes them from `IntDataType.fake_quantize`, moves the parameters by their signs,
@@ -22,8 +22,26 @@ def _largest(dtype: tl.dtype) -> float:
 
 
 @triton.jit
-def _round(x):
+def nearest_integer(x):
+    """Returns the nearest integer, ties to even, as float32."""
     return (x + ROUNDING) - ROUNDING
+
+
+@triton.jit
+def moved(parameter, gradient, size, low, high):
+    """Returns a parameter one signed step further, kept between two bounds."""
+    further = parameter - tl.where(gradient > 0, size, tl.where(gradient < 0, -size, 0.0))
+    return tl.minimum(tl.maximum(further, low), high)
+
+
+@triton.jit
+def pull(outputs, inputs, row, column, unit, share, is_row, inside):
+    """Returns (N, K): what the curvature multiplies distances from a level with, in units of `unit`, (N, 1 or K).
+
+    outputs, inputs: the curvature's factors, read at `row` (N,) and `column` (N, K). share: how much of it is believed.
+    """
+    out = tl.load(outputs + row, mask=is_row, other=0.0)
+    return share * unit * unit * out[:, None] * tl.load(inputs + column, mask=inside, other=0.0)
 
 
 @triton.jit
@@ -48,43 +66,23 @@ def _grid(first, second, low_factor, high_factor, least, BITS: tl.constexpr, SYM
         low = first * low_factor
         held = _held(tl.math.div_rn(second * high_factor - low, TOP), SCALE)
         scale = tl.maximum(held, least)
-        exact = _round(tl.math.div_rn(-low, scale))
+        exact = nearest_integer(tl.math.div_rn(-low, scale))
         zero = tl.minimum(tl.maximum(exact, 1.0), TOP)
         return scale, zero, held >= least, (exact >= 1.0) & (exact <= TOP)
 
 
 @triton.jit
-def _moved(parameter, gradient, size):
-    """Returns a parameter one signed step further."""
-    return parameter - tl.where(gradient > 0, size, tl.where(gradient < 0, -size, 0.0))
-
-
-@triton.jit
-def _clipped(factor, gradient, size, LOW: tl.constexpr, HIGH: tl.constexpr):
-    return tl.minimum(tl.maximum(_moved(factor, gradient, size), LOW), HIGH)
-
-
-@triton.jit
-def _rounding_gradient(g, ratio, v, scale, zero, pull, TOP: tl.constexpr):
+def _rounding_gradient(g, ratio, v, scale, zero, pulled, TOP: tl.constexpr):
     """Returns the gradient of the offsets, the level of each weight, and whether it is at no end of the grid.
 
-    `pull` (N, K) is what the curvature multiplies the distance from the level with; 0 without it.
+    `pulled` (N, K) is what the curvature multiplies the distance from the level with; 0 without it.
     """
     latent = ratio + v
-    nearest = _round(latent)
-    code = nearest + zero[:, None]
+    rounded = nearest_integer(latent)
+    code = rounded + zero[:, None]
     is_free = (code >= 0.0) & (code <= TOP)
     level = tl.minimum(tl.maximum(code, 0.0), TOP) - zero[:, None]
-    return tl.where(is_free, g * scale[:, None] + pull * (latent - nearest), 0.0), level, is_free
-
-
-@triton.jit
-def _pull(outputs, inputs, n, k, scale, groups, part_rows, share, is_group, inside, K: tl.constexpr):
-    """Returns (N, K): the share of the curvature, in units of the scale."""
-    part = n // groups // part_rows
-    out = tl.load(outputs + n // groups, mask=is_group, other=0.0)
-    channel = tl.load(inputs + (part * groups + n % groups)[:, None] * K + k[None, :], mask=inside, other=0.0)
-    return (share * scale * scale * out)[:, None] * channel
+    return tl.where(is_free, g * scale[:, None] + pulled * (latent - rounded), 0.0), level, is_free
 
 
 @triton.jit
@@ -98,8 +96,8 @@ def _moved_ends(
     """
     by_zero = tl.where(zero_moves, by_zero, 0.0)
     by_scale = tl.where(scale_moves, by_scale + by_zero * first * low_factor / (scale * scale), 0.0)
-    high = _clipped(high_factor, second * by_scale, size, LOW, HIGH)
-    low = _clipped(low_factor, -first * (by_scale / TOP + by_zero / scale), size, LOW, HIGH)
+    high = moved(high_factor, second * by_scale, size, LOW, HIGH)
+    low = moved(low_factor, -first * (by_scale / TOP + by_zero / scale), size, LOW, HIGH)
     return low, high
 
 
@@ -136,17 +134,18 @@ def step_kernel(
     if MOVES:
         g = tl.load(gradient + place, mask=inside, other=0.0).to(tl.float32) * unit
         ratio = tl.math.div_rn(w, scale[:, None])
-        pull = (
-            _pull(outputs, inputs, n, k, scale, groups, part_rows, share, is_group, inside, K)
-            if CURVED
-            else tl.zeros_like(ratio)
-        )
-        by_rounding, level, is_free = _rounding_gradient(g, ratio, v, scale, zero, pull, TOP)
+        if CURVED:
+            row = n // groups
+            column = (row // part_rows * groups + n % groups)[:, None] * K + k[None, :]
+            pulled = pull(outputs, inputs, row, column, scale[:, None], share, is_group, inside)
+        else:
+            pulled = tl.zeros_like(ratio)
+        by_rounding, level, is_free = _rounding_gradient(g, ratio, v, scale, zero, pulled, TOP)
         by_scale = tl.sum(g * (level - tl.where(is_free, ratio, 0.0)), 1)
         factor = tl.load(decay)
         if SYM:
             by_factor = tl.where(scale_moves, by_scale * start, 0.0)
-            upper = _clipped(upper, by_factor, factor * clip_size, LOW, HIGH)
+            upper = moved(upper, by_factor, factor * clip_size, LOW, HIGH)
         else:
             by_zero = -scale * tl.sum(tl.where(is_free, 0.0, g), 1)
             lower, upper = _moved_ends(
@@ -154,10 +153,10 @@ def step_kernel(
                 TOP, LOW, HIGH,
             )  # fmt: skip
             tl.store(min_scale + n, lower, mask=is_group)
-        v = tl.minimum(tl.maximum(_moved(v, by_rounding, factor * rounding_size), -reach), reach)
+        v = moved(v, by_rounding, factor * rounding_size, -reach, reach)
         tl.store(rounding + place, v, mask=inside)
         tl.store(max_scale + n, upper, mask=is_group)
         scale, zero, scale_moves, zero_moves = _grid(start, end, lower, upper, least, BITS, SYM, SCALE)
-    code = _round(tl.math.div_rn(w, scale[:, None]) + v) + zero[:, None]
+    code = nearest_integer(tl.math.div_rn(w, scale[:, None]) + v) + zero[:, None]
     level = tl.minimum(tl.maximum(code, 0.0), TOP) - zero[:, None]
     tl.store(dequantized + place, (scale[:, None] * level).to(dequantized.dtype.element_ty), mask=inside)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import pytest
 import torch
@@ -53,3 +54,27 @@ def make_task(make_model: Callable, token_ids: Callable) -> Callable[..., Tuning
         )
 
     return make
+
+
+@pytest.fixture
+def ptx_for_hopper() -> Callable[..., str]:
+    """Returns compile(kernel, types, constants) -> PTX of a kernel for sm_90; no GPU is needed.
+
+    types: of each argument that is no constant. A constant of None is an argument that is left out.
+    """
+
+    def compile_(kernel: Any, types: Mapping[str, str], constants: Mapping[str, Any]) -> str:
+        import triton
+        from triton.backends.compiler import GPUTarget
+        from triton.compiler import ASTSource
+
+        signature = {name: "constexpr" if name in constants else types[name] for name in kernel.arg_names}
+        places = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
+        options = {"num_warps": 4, "enable_fp_fusion": False}
+        compiled = triton.compile(
+            ASTSource(kernel, signature, constexprs=places), target=GPUTarget("cuda", 90, 32), options=options
+        )
+        assert "cubin" in compiled.asm
+        return compiled.asm["ptx"]
+
+    return compile_

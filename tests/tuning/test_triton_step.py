@@ -10,10 +10,13 @@ import torch
 
 from auto_round.data_types import DATA_TYPES
 from auto_round.schemes import QuantizationScheme
-from auto_round.tuning.fused_step import FusedWeight
+from auto_round.tuning.fused_int import FusedInt
 from auto_round.tuning.tuned_weight import Curvature, TunedWeight
 
 pytest.importorskip("triton")
+from triton import language as tl
+
+from auto_round.tuning.triton_step import step_kernel
 
 IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 # (bits, group size, symmetric, scale dtype, weight dtype, (out, in)). Groups of no power of two, whole rows, programs
@@ -58,7 +61,7 @@ if IS_INTERPRETED:
     @pytest.mark.parametrize("curved", [False, True], ids=["plain", "curved"])
     def test_steps_are_those_of_autograd(case, curved):
         mine, other = make_weight(*case, curved), make_weight(*case, curved)
-        fused = FusedWeight(mine, torch.float32)
+        fused = FusedInt(mine, torch.float32)
         assert torch.equal(fused.dequantized, other.dequantized())
         rng = torch.Generator().manual_seed(1)
         for decay in (1.0, 0.7, 0.3):
@@ -78,7 +81,7 @@ if IS_INTERPRETED:
         before = mine.params["rounding"].clone()
         gradient = torch.randn(6, 192, generator=torch.Generator().manual_seed(1)) * 1e-2
         gradient[2:4] = 0
-        FusedWeight(mine, torch.float32).move(gradient, torch.tensor(1.0), 0.13, 0.05)
+        FusedInt(mine, torch.float32).move(gradient, torch.tensor(1.0), 0.13, 0.05)
         step_with_autograd(other.reached_by(gradient), gradient, 1.0, 0.13, 0.05)
         for name, tensor in mine.params.items():
             torch.testing.assert_close(tensor, other.params[name], rtol=0, atol=1e-6, msg=name)
@@ -88,10 +91,26 @@ if IS_INTERPRETED:
     def test_parameters_without_a_gradient_stay():
         tuned = make_weight(*CASES[0], False)
         before = {name: tensor.clone() for name, tensor in tuned.params.items()}
-        FusedWeight(tuned, torch.float32).move(torch.zeros(tuned.weight.shape), torch.tensor(1.0), 0.1, 0.1)
+        FusedInt(tuned, torch.float32).move(torch.zeros(tuned.weight.shape), torch.tensor(1.0), 0.1, 0.1)
         assert all(torch.equal(tensor, before[name]) for name, tensor in tuned.params.items())
 
 else:
 
     def test_the_kernel_is_right_in_the_interpreter(run_interpreted):
         assert run_interpreted(__file__) == 2 * len(CASES) + 2
+
+    @pytest.mark.parametrize("is_curved", [False, True], ids=["plain", "curved"])
+    @pytest.mark.parametrize("sym", [True, False], ids=["sym", "asym"])
+    def test_it_compiles_for_a_gpu_without_fused_multiplications(sym, is_curved, ptx_for_hopper):
+        floats = ("rounding", "first", "second", "max_scale", "min_scale", "outputs", "inputs", "decay")
+        ptx = ptx_for_hopper(
+            step_kernel,
+            dict.fromkeys(("weight", "gradient", "dequantized"), "*bf16")
+            | dict.fromkeys(floats, "*fp32")
+            | dict.fromkeys(("count", "groups", "part_rows"), "i32")
+            | dict.fromkeys(("unit", "rounding_size", "clip_size", "reach", "share", "least"), "fp32"),
+            {"BITS": 4, "SYM": sym, "MOVES": True, "CURVED": is_curved, "SCALE": tl.float16}
+            | {"LOW": 0.5, "HIGH": 1.5, "K": 128, "WIDE": 128, "ROWS": 16},
+        )
+        assert "div.rn.f32" in ptx
+        assert "fma" not in ptx
