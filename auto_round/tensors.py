@@ -129,26 +129,17 @@ class QuantizedTensor:
         return dataclasses.replace(self, **moved)
 
 
-def dequantize_by_rows(weight: QuantizedTensor, dtype: torch.dtype) -> Tensor:
-    """Returns what `dequantize` does, made some rows at a time.
-
-    The float32 intermediates of a whole layer would be larger than a 16-bit block.
-    """
-    step = max(1, VALUES_AT_A_TIME // weight.shape[1])
-    dense = torch.empty(weight.shape, dtype=dtype, device=weight.codes.device)
-    for start in range(0, weight.shape[0], step):
-        rows = slice(start, start + step)
-        # Each row has scales of its own, also where rows share them.
-        zero = None if weight.zero_point is None else weight.zero_point[rows]
-        some = dataclasses.replace(weight, codes=weight.codes[rows], scale=weight.scale[rows], zero_point=zero)
-        dense[rows] = some.dequantize(dtype)
-    return dense
-
-
 # Fields of QuantizedTensor that hold tensors, those that may be None last.
 TENSOR_FIELDS = ("codes", "scale", "zero_point", "global_scale", "input_peak", "offset", "super_scale", "super_offset")
 # Those of them with a row for each row of the weight.
 ROW_FIELDS = ("codes", "scale", "zero_point", "offset", "super_scale", "super_offset")
+
+
+def rows_of(weight: QuantizedTensor, rows: slice) -> QuantizedTensor:
+    """Returns some rows of a weight, as views; what all rows share is shared further."""
+    fields = ((name, getattr(weight, name)) for name in ROW_FIELDS)
+    some: dict[str, Any] = {name: tensor[rows] for name, tensor in fields if tensor is not None}
+    return dataclasses.replace(weight, **some)
 
 
 def join_rows(pieces: Iterable[tuple[slice, QuantizedTensor]], row_count: int) -> QuantizedTensor:
@@ -168,6 +159,19 @@ def join_rows(pieces: Iterable[tuple[slice, QuantizedTensor]], row_count: int) -
             getattr(joined, name)[rows] = tensor
     assert joined is not None
     return joined
+
+
+def dequantize_by_rows(weight: QuantizedTensor, dtype: torch.dtype) -> Tensor:
+    """Returns what `dequantize` does, made some rows at a time.
+
+    The float32 intermediates of a whole layer would be larger than a 16-bit block.
+    """
+    step = max(1, VALUES_AT_A_TIME // weight.shape[1])
+    dense = torch.empty(weight.shape, dtype=dtype, device=weight.codes.device)
+    for start in range(0, weight.shape[0], step):
+        rows = slice(start, start + step)
+        dense[rows] = rows_of(weight, rows).dequantize(dtype)  # each row has scales of its own, also where rows share
+    return dense
 
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)

@@ -49,17 +49,27 @@ class TuningTask:
     importance: Mapping[str, Tensor] = dataclasses.field(default_factory=dict)
 
     def weight(self, name: str) -> Tensor:
-        """Returns the original weight (O, I), in its stored precision, on the compute device."""
+        """Returns the original weight (O, I), in its stored precision, on the compute device.
+
+        Args:
+            name: of a weight, or of a stack of the block: the rows of all experts follow each other then.
+        """
         stored = self.block.tensors[name]
-        return stored.t() if name in self.transposed else stored
+        return stored.t() if name in self.transposed else stored.flatten(0, -2)
 
     def tensor_peaks(self) -> dict[str, Tensor]:
         """Returns `joined_peaks` of the block's weights."""
         return joined_peaks({name: self.weight(name) for name in self.schemes}, self.schemes)
 
     def as_parameter(self, name: str, weight_OI: Tensor) -> Tensor:
-        """Returns a weight in the form and precision that the block's forward takes."""
+        """Returns a weight, or a stack, in the form and precision that the block's forward takes."""
+        if name in self.block.stacks:
+            return weight_OI.unflatten(0, (len(self.block.stacks[name]), -1)).to(self.block.dtype)
         return (weight_OI.t() if name in self.transposed else weight_OI).to(self.block.dtype)
+
+    def rows(self, name: str, parameter: Tensor) -> Tensor:
+        """Returns (O, I): what `as_parameter` was given for a tensor like its result."""
+        return parameter.t() if name in self.transposed else parameter.flatten(0, -2)
 
     def generator(self) -> torch.Generator:
         """Returns a fresh CPU generator for this block."""
@@ -86,6 +96,28 @@ def join_peaks(peaks: Mapping[str, Tensor]) -> dict[str, Tensor]:
             if leaf == members[0]:
                 found |= dict.fromkeys(joined, torch.stack([found[other] for other in joined]).amax())
     return found
+
+
+def tuned_together(task: TuningTask) -> dict[str, tuple[str, ...]]:
+    """Returns name of a weight, or of a stack -> the weights that it holds, in the order of the block's schemes.
+
+    Parts of a stack are tuned together where all have one scheme, and no scale is shared by rows of a whole weight.
+    """
+    stack_of = {}
+    for stack, parts in task.block.stacks.items():
+        schemes = {task.schemes.get(part) for part in parts}
+        scheme = schemes.pop()
+        if not schemes and scheme is not None and _has_rows_of_its_own(scheme):
+            stack_of |= dict.fromkeys(parts, stack)
+    units: dict[str, tuple[str, ...]] = {}
+    for name in task.schemes:
+        unit = stack_of.get(name, name)
+        units[unit] = task.block.stacks.get(unit, (name,))
+    return units
+
+
+def _has_rows_of_its_own(scheme: QuantizationScheme) -> bool:
+    return isinstance(scheme.group_size, int) and scheme.group_size != 0
 
 
 class Tuner(Protocol):

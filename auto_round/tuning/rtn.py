@@ -11,7 +11,8 @@ from auto_round.data_types.base import UNTOUCHED
 from auto_round.data_types.float_grid import shared_rows
 from auto_round.schemes import QuantizationScheme
 from auto_round.tensors import BlockResult, QuantizedTensor, join_rows
-from auto_round.tuning.base import TuningTask
+from auto_round.tuning.base import TuningTask, tuned_together
+from auto_round.tuning.search import searched_ranges
 from auto_round.tuning.statistics import group_products
 
 ELEMENTS_AT_A_TIME = {"cpu": 1 << 18, "gpu": 1 << 25}
@@ -87,10 +88,14 @@ class SearchedRounding:
         if measured:
             importance |= group_products(task.block, inputs, task.batches, measured, mask_NT=task.mask)
         peaks = task.tensor_peaks()
-        weights = {
-            name: round_searched(task.weight(name), scheme, importance.get(name), peaks.get(name))
-            for name, scheme in task.schemes.items()
-        }
+        weights: dict[str, QuantizedTensor] = {}
+        for name, parts in tuned_together(task).items():
+            scheme, pieces = task.schemes[parts[0]], task.weight(name).chunk(len(parts))
+            data_type, known = DATA_TYPES[scheme.data_type], [importance.get(part) for part in parts]
+            ranges = searched_ranges(pieces, scheme, known, [peaks.get(part) for part in parts])
+            for part, piece, range_ in zip(parts, pieces, ranges, strict=True):
+                weights[part] = data_type.encode(piece, scheme, range_, data_type.trainable(piece, scheme))
+        weights = {name: weights[name] for name in task.schemes}
         # Experts are told by `tune`, one by one and not weight by weight.
         experts = tuple(f"{name}." for name in task.block.experts())
         idle = sorted(name for name in set(task.schemes) - set(importance) if not name.startswith(experts))
