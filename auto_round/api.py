@@ -17,12 +17,13 @@ from auto_round import pipeline, quality
 from auto_round.auto_scheme import AutoScheme
 from auto_round.block import Block, InputQuantizer
 from auto_round.calls import BlockCalls
-from auto_round.config import PARTS, RunConfig, TuneConfig, parse_formats, parse_layer_config
+from auto_round.config import PARTS, RunConfig, TuneConfig
 from auto_round.errors import ConfigError
 from auto_round.formats import FormatTarget
 from auto_round.formats.export import checked_targets
 from auto_round.model_free import round_folder
 from auto_round.models.base import LinearInfo, is_linear, is_transposed
+from auto_round.option_values import parse_formats, parse_layer_config
 from auto_round.plan import Plan, fit_group
 from auto_round.recipes import recipe_options
 from auto_round.schemes import QuantizationScheme, to_scheme

@@ -10,8 +10,9 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from auto_round.config import PARTS, RunConfig, parse_layer_config
+from auto_round.config import PARTS, RunConfig
 from auto_round.errors import AutoRoundError, ConfigError, nearest
+from auto_round.option_values import parse_layer_config
 from auto_round.recipes import recipe_options
 
 if TYPE_CHECKING:

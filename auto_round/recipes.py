@@ -12,8 +12,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from auto_round.config import PARTS, RECIPES, RunConfig, parse_layer_config
+from auto_round.config import PARTS, RECIPES, RunConfig
 from auto_round.errors import ConfigError, nearest
+from auto_round.option_values import parse_layer_config
 
 COMMENT = "comment"
 

@@ -14,13 +14,14 @@ from torch import Tensor
 from auto_round import __version__, distributed, end_to_end
 from auto_round.calibration import CalibrationSet, has_pictures, load_calibration, load_pictures
 from auto_round.checkpoint import WeightSource, load_processor, resolve_folder
-from auto_round.config import RunConfig, parse_formats
+from auto_round.config import RunConfig
 from auto_round.errors import ConfigError, UnsupportedError
 from auto_round.extra_tensors import extra_modules
 from auto_round.formats.base import EXPORTERS, FileExporter, prescription
 from auto_round.formats.gguf.importance import importance_of_model
 from auto_round.models import discover, keep_joined
 from auto_round.models.base import ModelStructure
+from auto_round.option_values import parse_formats
 from auto_round.plan import Plan, resolve
 from auto_round.sources import open_source
 from auto_round.sources.named import open_named

@@ -16,7 +16,7 @@ TREES = {file: ast.parse(file.read_text(encoding="utf-8")) for file in FILES}
 # Each file or folder may import only what stands on an earlier line, or its own folder.
 LAYERS = (
     ("__init__", "errors"),
-    ("registry", "schemes", "elements", "memory", "background"),
+    ("registry", "schemes", "elements", "memory", "background", "option_values"),
     ("tensors", "config", "distributed", "auto_scheme"),
     ("device", "calls", "channels", "recipes"),
     ("layouts", "data_types", "models", "calibration"),
@@ -31,7 +31,7 @@ LAYERS = (
     ("outside",),
     ("end_to_end",),
     ("session",),
-    ("model_free", "mixed_bits", "quality"),
+    ("blockwise", "model_free", "mixed_bits", "quality"),
     ("pipeline", "evaluation", "report"),
     ("api",),
     ("cli",),

@@ -10,7 +10,8 @@ import torch
 from safetensors.torch import load_file
 
 from auto_round import cli, pipeline
-from auto_round.config import RECIPES, parse_layer_config
+from auto_round.config import RECIPES
+from auto_round.option_values import parse_layer_config
 
 DEMO = Path(__file__).resolve().parents[1] / "examples" / "demo_model"
 # Every flag of the main command. A new one needs a line in the docs and a review of this list.

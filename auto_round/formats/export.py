@@ -16,13 +16,14 @@ import torch
 from torch import Tensor
 
 from auto_round.checkpoint import WeightSource, copy_side_files, without_quantization
-from auto_round.config import MODEL_DTYPES, RunConfig, parse_size
+from auto_round.config import MODEL_DTYPES, RunConfig
 from auto_round.errors import ConfigError
 from auto_round.extra_tensors import extra_matrices
 from auto_round.formats.base import EXPORTERS, Exporter, FileExporter, FormatTarget, check, targets
 from auto_round.formats.packing import Joints, Packing, in_stored_names
 from auto_round.formats.written import listed
 from auto_round.memory import release_freed
+from auto_round.option_values import parse_size
 from auto_round.plan import Plan
 from auto_round.shards import ShardWriter, clear_weights
 from auto_round.store import RunStore

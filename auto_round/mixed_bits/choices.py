@@ -15,11 +15,12 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from auto_round.config import MODEL_DTYPES, MixedBitsConfig, parse_size
+from auto_round.config import MODEL_DTYPES, MixedBitsConfig
 from auto_round.errors import ConfigError, UnsupportedError
 from auto_round.formats import Exporter
 from auto_round.formats.base import check
 from auto_round.layer_patterns import EXPERT, is_expert
+from auto_round.option_values import parse_size
 from auto_round.plan import FUSED_GROUPS, Plan, PlanEntry, named_layers, table
 from auto_round.schemes import QuantizationScheme, to_scheme
 from auto_round.session import Session, replanned

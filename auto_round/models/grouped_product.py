@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 ALIGNED_BYTES = 16  # to which PyTorch's grouped product wants every row to start
+GROUPED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def grouped_linear(rows_RI: Tensor, weights_EOI: Tensor, ends_E: Tensor) -> Tensor:
@@ -41,7 +42,7 @@ def _has_grouped_product(rows_RI: Tensor, weights_EOI: Tensor) -> bool:
     is_aligned = weights_EOI.shape[1] % step == 0 and weights_EOI.shape[2] % step == 0
     if not hasattr(torch.nn.functional, "grouped_mm") or not is_aligned or rows_RI.dtype != weights_EOI.dtype:
         return False
-    if not len(rows_RI):
+    if not len(rows_RI) or rows_RI.dtype not in GROUPED_DTYPES:
         return False
     if rows_RI.device.type == "cpu":
         return True

@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 import torch
 
-from auto_round import pipeline
+from auto_round import blockwise
 from auto_round.calibration import CalibrationSet
 from auto_round.config import RunConfig
 from auto_round.errors import UnsupportedError
@@ -25,7 +25,7 @@ def opened(model, data, options="W2A16G32,W4A16G32"):
     """Returns a session and a stream in float64 for it."""
     given = {"dataset": data, "options": options, "target_bits": 8.0, "iters": 0, "batch_size": 4, "device": "cpu"}
     session = open_session(RunConfig.from_options(model=model, format="fake", **given))
-    stream = pipeline._open_stream(session, data, quantized_chain=False)
+    stream = blockwise.open_stream(session, data, quantized_chain=False)
     stream.dtype = torch.float64
     stream.original = stream.original.double()
     return session, stream

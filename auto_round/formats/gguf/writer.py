@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from auto_round.checkpoint import WeightSource
-from auto_round.config import MODEL_DTYPES, RunConfig, parse_size
+from auto_round.config import MODEL_DTYPES, RunConfig
 from auto_round.data_types import DATA_TYPES
 from auto_round.formats.export import HEAD_BLOCK
 from auto_round.formats.gguf.contents import Contents, FileTensor, Part, contents_of, gguf_package, types_of
@@ -27,6 +27,7 @@ from auto_round.formats.gguf.prescribe import read_vocabulary, scheme_of
 from auto_round.layouts import LAYOUTS
 from auto_round.layouts.gguf_blocks import float_bytes
 from auto_round.memory import release_freed
+from auto_round.option_values import parse_size
 from auto_round.plan import Plan
 from auto_round.store import RunStore
 from auto_round.tensors import QuantizedTensor
