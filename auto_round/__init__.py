@@ -15,11 +15,20 @@ _EXPORTS = {
     "AutoRoundMLLM": "auto_round.api",
     "AutoRoundAdam": "auto_round.api",
     "AutoRoundConfig": "transformers",
+    "AutoScheme": "auto_round.auto_scheme",
     "QuantizationScheme": "auto_round.schemes",
     "tune_block": "auto_round.api",
 }
 
-__all__ = ["AutoRound", "AutoRoundAdam", "AutoRoundConfig", "AutoRoundMLLM", "QuantizationScheme", "tune_block"]
+__all__ = [
+    "AutoRound",
+    "AutoRoundAdam",
+    "AutoRoundConfig",
+    "AutoRoundMLLM",
+    "AutoScheme",
+    "QuantizationScheme",
+    "tune_block",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -14,14 +14,18 @@ import torch
 from torch import Tensor, nn
 
 from auto_round import pipeline, quality
+from auto_round.auto_scheme import AutoScheme
 from auto_round.block import Block, InputQuantizer
 from auto_round.calls import BlockCalls
-from auto_round.config import PARTS, RunConfig, TuneConfig, parse_formats, parse_layer_config
+from auto_round.config import PARTS, RunConfig, TuneConfig
 from auto_round.errors import ConfigError
 from auto_round.formats import FormatTarget
 from auto_round.formats.export import checked_targets
+from auto_round.model_free import round_folder
 from auto_round.models.base import LinearInfo, is_linear, is_transposed
+from auto_round.option_values import parse_formats, parse_layer_config
 from auto_round.plan import Plan, fit_group
+from auto_round.recipes import recipe_options
 from auto_round.schemes import QuantizationScheme, to_scheme
 from auto_round.session import open_session
 from auto_round.store import RunStore
@@ -63,7 +67,8 @@ class AutoRound:
         processor: of a loaded vision-language model, for calibration with pictures; saved beside the weights.
         image_processor: saved beside the weights where there is no processor.
         options: every field of `config.py`, by keyword: scheme or bits/group_size/sym, layer_config, iters, nsamples,
-            seqlen, dataset, batch_size, lr, enable_alg_ext ...
+            seqlen, dataset, batch_size, lr, enable_alg_ext ...; and `recipe`, a name, a JSON file or a dictionary of
+            options, which those given beside it win over.
     Raises:
         ConfigError: an unknown option or a value that is not allowed, before any work.
 
@@ -83,9 +88,13 @@ class AutoRound:
             if options.get(old) is not None:
                 options.setdefault(new, options[old])
             options.pop(old, None)
+        if isinstance(options.get("scheme"), AutoScheme):
+            options |= options.pop("scheme").to_options()
         if options.get("layer_config") is not None:
             options["layer_config"] = parse_layer_config(options["layer_config"])
+        recipe = options.pop("recipe", None)
         given = {name: value for name, value in options.items() if value is not None}
+        given = given if recipe is None else {**recipe_options(recipe), **given}
         if "device" in given:
             given["device"] = str(given["device"])
         self.config = RunConfig.from_options(**given)
@@ -93,6 +102,7 @@ class AutoRound:
         self.session = open_session(self.config, tokenizer=tokenizer, processor=processor)
         self._work: tempfile.TemporaryDirectory | None = None
         self._store: RunStore | None = None
+        self._formats: tuple[str, ...] | None = None
         self._measured: quality.Measured | None = None
 
     @property
@@ -123,6 +133,7 @@ class AutoRound:
         else:
             self._work = tempfile.TemporaryDirectory(prefix="auto_round_")
             work = Path(self._work.name)
+        self.session = pipeline.settled(self.session, work, self._formats)
         self._store = pipeline.quantize(self.session, work)
         self._measured = pipeline.measure_quality(self.session, self._store)
         if self.session.source.folder is None:
@@ -164,8 +175,14 @@ class AutoRound:
     def quantize_and_save(
         self, output_dir: str | Path = "tmp_autoround", format: str = "auto_round", **unused: Any
     ) -> tuple[Any, list[Path]]:
-        """Checks the formats, quantizes, writes. Returns the model and the folders."""
-        self._checked_targets(output_dir, format, unused)
+        """Checks the formats, quantizes, writes. Returns the model (empty with `model_free`) and the folders."""
+        self._formats = parse_formats(format or self.config.format)
+        if self.config.model_free:
+            wanted = self._checked_targets(output_dir, format, unused)
+            round_folder(self.session, wanted)
+            return self.model, [target.folder for target in wanted]
+        if self.session.is_settled:
+            self._checked_targets(output_dir, format, unused)
         model, _ = self.quantize()
         return model, self.save_quantized(output_dir, format, **unused)
 
@@ -190,6 +207,7 @@ def _signature() -> inspect.Signature:
                 fields[field.name] = inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=default)
     kinds = inspect.Parameter.POSITIONAL_OR_KEYWORD
     fields.pop("model", None)
+    fields["recipe"] = inspect.Parameter("recipe", inspect.Parameter.KEYWORD_ONLY, default=None)
     first = [inspect.Parameter("self", kinds), inspect.Parameter("model", kinds)]
     first += [inspect.Parameter("tokenizer", kinds, default=None)]
     first += [fields.pop(name).replace(kind=kinds) for name in POSITIONAL[2:]]

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -35,6 +35,8 @@ class Block:
         input_quantizers: full weight name -> what its layer's input passes through first; empty for 16 bits.
         shows_all_experts: statistics see all tokens at each expert, also those that are routed to others.
         recomputes: attention and MLP keep nothing for the backward pass and run again for it, one after the other.
+        stacks: full name of a tensor that holds a parameter of all experts -> the names of its parts, one for each
+            expert. Either may be replaced. `join_experts` makes them.
     """
 
     names: tuple[str, ...]
@@ -46,6 +48,7 @@ class Block:
     input_quantizers: Mapping[str, InputQuantizer] = dataclasses.field(default_factory=dict)
     shows_all_experts: bool = False
     recomputes: bool = False
+    stacks: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -76,16 +79,59 @@ class Block:
         for name, module, calls in zip(self.names, self.modules, self.calls, strict=True):
             if not calls.runs:
                 continue
-            dot = name + "."
-            own = {key: tensor for key, tensor in self.tensors.items() if key.startswith(dot)}
-            state = {k[len(dot) :]: moved_to(t, self.device, self.dtype) for k, t in own.items() if k not in replaced}
-            state.update({k[len(dot) :]: t for k, t in replaced.items() if k.startswith(dot)})
             args, kwargs = calls.for_samples(samples, self.device, self.dtype)
             kwargs = {**kwargs, **(arguments or {})}
             with self._quantized_inputs(), self._recomputed_parts(module):
+                state = self._state(module, name + ".", replaced)
                 output = call(module, state, (hidden_NTH, *args), kwargs)
             hidden_NTH = output[0] if isinstance(output, tuple) else output
         return hidden_NTH
+
+    def stacked(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Returns the same tensors, those of all experts joined where all are there."""
+        joined = dict(tensors)
+        for stack, parts in self.stacks.items():
+            if all(part in joined for part in parts):
+                joined[stack] = torch.stack([joined.pop(part) for part in parts])
+        return joined
+
+    def without(self, names: Collection[str]) -> Block:
+        """Returns a block that lacks some tensors; forward passes have to bring them."""
+        broken = {stack for stack, parts in self.stacks.items() if any(part in names for part in parts)}
+        in_broken = {part for stack in broken for part in self.stacks[stack]}
+        kept = {
+            name: tensor.clone() if name in in_broken else tensor  # else a view would keep all of them
+            for name, tensor in self.tensors.items()
+            if name not in names and name not in broken
+        }
+        return dataclasses.replace(self, tensors=kept)
+
+    def _state(self, module: nn.Module, dot: str, replaced: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Returns what a module runs with, by name below it. Of a stack and its parts it gets the parts if some are
+        watched, else the stack.
+
+        Args:
+            dot: the module's name and a dot.
+        """
+        own = {name: tensor for name, tensor in self.tensors.items() if name.startswith(dot)}
+        given = {name: tensor for name, tensor in replaced.items() if name.startswith(dot)}
+        for stack, parts in self.stacks.items():
+            if not stack.startswith(dot):
+                continue
+            experts: Any = module.get_submodule(stack.rpartition(".")[0].removeprefix(dot))
+            whole = own.pop(stack, None)
+            if experts.is_watched:
+                given |= zip(parts, given.pop(stack).unbind(0), strict=True) if stack in given else {}
+                continue
+            held = {part: own.pop(part) for part in parts if part in own}
+            if any(part in given for part in parts):
+                both = held | given
+                given[stack] = torch.stack([moved_to(both[part], self.device, self.dtype) for part in parts])
+                given = {name: tensor for name, tensor in given.items() if name not in set(parts)}
+            elif stack not in given and whole is not None:
+                own[stack] = whole
+        moved = {name: moved_to(t, self.device, self.dtype) for name, t in own.items() if name not in given}
+        return {name.removeprefix(dot): tensor for name, tensor in (moved | given).items()}
 
     def layers(self, weights: Iterable[str]) -> dict[str, nn.Module]:
         """Returns weight name -> the module that it belongs to, for those that lie in the block."""
@@ -152,6 +198,28 @@ class Block:
                     part.__dict__["forward"] = stand_in
 
         return checkpoint(run, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
+
+
+def join_experts(
+    names: Sequence[str], modules: Sequence[nn.Module], tensors: dict[str, Tensor]
+) -> dict[str, tuple[str, ...]]:
+    """Makes the tensors of all experts parts of one, which is added, and returns `Block.stacks`.
+
+    Args:
+        names, modules: of the blocks.
+        tensors: by full name; changed in place, so that no second copy of all experts exists.
+    """
+    stacks = {}
+    for name, module in zip(names, modules, strict=True):
+        for below, experts in module.named_modules():
+            for stack, members in experts.stack_members().items() if isinstance(experts, LinearExperts) else ():
+                parts = tuple(f"{name}.{below}.{member}" for member in members)
+                if all(part in tensors for part in parts):
+                    stacks[f"{name}.{below}.{stack}"] = parts
+    for stack, parts in stacks.items():
+        tensors[stack] = torch.stack([tensors.pop(part) for part in parts])
+        tensors |= zip(parts, tensors[stack].unbind(0), strict=True)
+    return stacks
 
 
 def _pass_through(quantizer: InputQuantizer, _module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:

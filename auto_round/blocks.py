@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.func import functional_call
 
 from auto_round import distributed
-from auto_round.block import Block
+from auto_round.block import Block, join_experts
 from auto_round.calibration import CalibrationSet
 from auto_round.calls import (
     NOT_CALLED,
@@ -121,9 +121,11 @@ class BlockStream:
         """
         names, stored = self.groups[index], self.read(index) if stored is None else stored
         modules = tuple(self.source.model.get_submodule(name) for name in names)
-        tensors = {key: tensor.to(self.device) for key, tensor in stored.items()}
+        tensors = {key: stored.pop(key).to(self.device) for key in list(stored)}
+        stacks = join_experts(names, modules, tensors)
         calls = tuple(self._calls[name] for name in names)
-        return Block(names, modules, calls, tensors, self.device, self.dtype, shows_all_experts=self.shows_all_experts)
+        shows = self.shows_all_experts
+        return Block(names, modules, calls, tensors, self.device, self.dtype, shows_all_experts=shows, stacks=stacks)
 
     def keep_on(self, storage: torch.device) -> None:
         """Moves the chains to where they are kept from now on."""
@@ -171,6 +173,7 @@ class BlockStream:
         """
         outputs = empty_near(self.device, self.storage, inputs_NTH.shape, inputs_NTH.dtype) if into is None else into
         finite = torch.ones(len(inputs_NTH), dtype=torch.bool, device=self.device)
+        replaced = block.stacked(replaced or {})
         pieces = self.batches()
         for piece in pieces[distributed.rank() :: distributed.world_size()]:
             self._run_piece(block, piece, inputs_NTH, replaced, outputs, finite)

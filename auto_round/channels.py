@@ -2,10 +2,35 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+
+ROWS_AT_A_TIME = 1 << 14
+
+
+@dataclasses.dataclass(frozen=True, slots=True, eq=False)
+class ChannelSums:
+    """What was seen of one layer's inputs.
+
+    Attributes:
+        squares: (I,) float32 sums of squares over tokens.
+        tokens: how many there were.
+    """
+
+    squares: Tensor
+    tokens: int
+
+
+def sums_of(rows_RI: Tensor) -> ChannelSums:
+    """Returns the sums over rows, a part of them at a time in float32."""
+    squares = torch.zeros(rows_RI.shape[1], device=rows_RI.device)
+    for piece in rows_RI.split(ROWS_AT_A_TIME):
+        squares += piece.float().square().sum(0)
+    return ChannelSums(squares, len(rows_RI))
 
 
 class ChannelMeans:

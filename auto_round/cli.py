@@ -10,8 +10,10 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from auto_round.config import PARTS, RECIPES, RunConfig, parse_layer_config
+from auto_round.config import PARTS, RunConfig
 from auto_round.errors import AutoRoundError, ConfigError, nearest
+from auto_round.option_values import parse_layer_config
+from auto_round.recipes import recipe_options
 
 if TYPE_CHECKING:
     from auto_round.evaluation import EvalSettings
@@ -82,7 +84,9 @@ def quantize_parser(recipe: str = "default") -> argparse.ArgumentParser:
     name = "auto-round" if recipe == "default" else f"auto-round-{recipe}"
     parser = argparse.ArgumentParser(name, usage=USAGE, allow_abbrev=False)
     parser.add_argument("--dry_run", action="store_true", help="print the plan and stop; same as the command 'plan'")
-    parser.add_argument("--recipe", choices=sorted(RECIPES), default=recipe, help="preset of the options below")
+    parser.add_argument(
+        "--recipe", default=recipe, metavar="X", help="options: best, default, light, or a JSON file; flags win over it"
+    )
     parser.add_argument("--mllm", action="store_true", help="accepted; vision-language models are recognised")
     parser.add_argument("--template", metavar="X", help="accepted; the model's own chat template is used")
     parser.add_argument("--truncation", action="store_true", help="accepted; samples with pictures are never cut")
@@ -133,7 +137,7 @@ def _quantize(arguments: list[str], recipe: str) -> int:
         hints = "; ".join(f"{word}{nearest(word, known)}" for word in unknown if word.startswith("-"))
         raise ConfigError(f"unknown argument: {hints or ' '.join(unknown)}")
     names = [f.name for owner in (RunConfig, *PARTS.values()) for f in dataclasses.fields(owner) if f.metadata]
-    options: dict[str, Any] = {**RECIPES[parsed.recipe]}
+    options = recipe_options(parsed.recipe)
     options.update({name: value for name in names if (value := getattr(parsed, name)) is not None})
     if "layer_config" in options:
         options["layer_config"] = parse_layer_config(options["layer_config"])
@@ -145,7 +149,6 @@ def _quantize(arguments: list[str], recipe: str) -> int:
 
 def _run(config: RunConfig, parsed: argparse.Namespace, *, plan_only: bool) -> int:
     from auto_round import distributed, evaluation, pipeline
-    from auto_round.plan import describe
     from auto_round.quality import headline
     from auto_round.report import describe_memory
     from auto_round.session import open_session
@@ -153,7 +156,7 @@ def _run(config: RunConfig, parsed: argparse.Namespace, *, plan_only: bool) -> i
     session = open_session(config)
     targets = pipeline.format_targets(session)
     if plan_only:
-        print(describe(session.plan))
+        print(pipeline.describe_plan(session))
         print(describe_memory(session.plan, session.config))
         return 0
     if parsed.ppl or parsed.tasks is not None:

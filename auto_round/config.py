@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from auto_round.errors import ConfigError, nearest
+from auto_round.option_values import parse_size
 from auto_round.schemes import QuantizationScheme, to_scheme
 
 FP8_CACHE = ("fp8", "float8_e4m3fn")
@@ -99,6 +99,16 @@ class CalibConfig:
     calibrate_all_experts: bool = option(
         False, "scales of each expert are searched on all tokens, also those routed to other experts"
     )
+    imatrix: str | None = option(
+        None,
+        "importance matrix of llama.cpp that weights the search for scales; --iters 0 needs no text then",
+        kind=str,
+    )
+    write_imatrix: str | None = option(
+        None,
+        "file for an importance matrix of the calibration text: GGUF, or the older form if it ends in .dat",
+        kind=str,
+    )
 
     def __post_init__(self) -> None:
         problems = [
@@ -135,7 +145,9 @@ class TuneConfig:
         True, "keep the last step; off: the one with the least loss on its own samples", off="--use_best_mse"
     )
     dynamic_max_gap: int = option(-1, "stop a block after this many steps without a better loss; -1: never")
-    disable_opt_rtn: bool = option(False, "with --iters 0: plain rounding, without the search for scales")
+    disable_opt_rtn: bool = option(
+        False, "with --iters 0: plain rounding, without the search for scales", off="--enable_opt_rtn"
+    )
     adam: bool = option(False, "AdamW instead of sign steps")
     sampler: str = option("rand", "how samples are drawn: rand, epoch")
     amp: bool = option(True, "run blocks in 16 bits on GPUs", off="--disable_amp")
@@ -209,6 +221,48 @@ class EndToEndConfig:
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class MixedBitsConfig:
+    """Which of several schemes each layer gets, chosen by what it costs the model's predictions."""
+
+    options: str | Sequence[Any] = option(
+        "", "schemes to choose among for each layer, comma separated: W2A16G64,W4A16,W8A16", "--option"
+    )
+    target_bits: float | None = option(
+        None, "with --options: mean bits of a weight, scales counted", "--avg_bits", kind=float
+    )
+    target_size: str | None = option(None, "with --options: size of the files of weights, e.g. 2.5GB", kind=str)
+    ignore_scale_zp_bits: bool = option(False, "scales and zero points do not count in target_bits")
+    separate_joined: bool = option(
+        False, "with --options: q/k/v and gate/up may differ, which vLLM and SGLang do not load"
+    )
+    sensitivity_samples: int = option(32, "calibration samples that sensitivities are measured on")
+
+    def __post_init__(self) -> None:
+        given = [name for name in ("target_bits", "target_size") if getattr(self, name) is not None]
+        problems = []
+        if self.options and len(given) != 1:
+            problems.append("options needs a budget: give either target_bits or target_size")
+        if given and not self.options:
+            problems.append(f"{given[0]} needs the schemes to choose among. Write for example --options W2A16G64,W4A16")
+        if self.target_bits is not None and not 0 < self.target_bits <= 16:
+            problems.append(f"target_bits={self.target_bits} (above 0, at most 16)")
+        if self.ignore_scale_zp_bits and self.target_size is not None:
+            problems.append("ignore_scale_zp_bits goes with target_bits: a size counts everything")
+        if self.sensitivity_samples < 1:
+            problems.append(f"sensitivity_samples={self.sensitivity_samples} (must be positive)")
+        if problems:
+            raise ConfigError("; ".join(problems))
+        if self.target_size is not None:
+            parse_size(self.target_size)
+
+    def option_list(self) -> list[str | Mapping[str, Any] | QuantizationScheme]:
+        """Returns the options one by one, as they were given."""
+        if isinstance(self.options, str):
+            return [name.strip() for name in self.options.split(",") if name.strip()]
+        return list(self.options)
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class RunConfig:
     """One run: from a model to folders on disk."""
 
@@ -234,15 +288,35 @@ class RunConfig:
         kind=str,
     )
     trust_remote_code: bool = option(False, "run model code that comes with the checkpoint")
+    model_free: bool = option(
+        False, "round the files tensor by tensor, without the model's code; plain rounding", off="--disable_model_free"
+    )
     scheme: SchemeConfig = dataclasses.field(default_factory=SchemeConfig)
     calib: CalibConfig = dataclasses.field(default_factory=CalibConfig)
     tune: TuneConfig = dataclasses.field(default_factory=TuneConfig)
     end_to_end: EndToEndConfig = dataclasses.field(default_factory=EndToEndConfig)
+    mixed: MixedBitsConfig = dataclasses.field(default_factory=MixedBitsConfig)
 
     def __post_init__(self) -> None:
         parse_size(self.max_shard_size)
         if self.max_gpu_memory is not None:
             parse_size(self.max_gpu_memory)
+        if self.calib.imatrix is not None and not self.tune.needs_calibration:
+            raise ConfigError("imatrix weights the search for scales, and disable_opt_rtn turns it off. Leave one out")
+        if self.model_free and (self.tune.iters or self.end_to_end.e2e_steps):
+            raise ConfigError(
+                f"model_free rounds without tuning, but iters={self.tune.iters} and "
+                f"e2e_steps={self.end_to_end.e2e_steps} were asked for. Leave these out, or leave out model_free"
+            )
+        if self.model_free and self.mixed.options:
+            raise ConfigError("model_free measures nothing to choose options by. Leave out options or model_free")
+        own = ("scheme", "bits", "data_type", "quant_lm_head", "quant_nontext_module")
+        said = [name for name in own if getattr(self.scheme, name) not in (None, False)]
+        if self.mixed.options and said:
+            raise ConfigError(
+                f"{', '.join(said)} beside options: these say what a layer may become, and are for layers of blocks. "
+                "Say what single layers become with layer_config"
+            )
         if self.model_dtype is not None and self.model_dtype not in MODEL_DTYPES:
             raise ConfigError(f"model_dtype={self.model_dtype!r} (allowed: {', '.join(MODEL_DTYPES)})")
 
@@ -264,6 +338,8 @@ class RunConfig:
             if name in owners:
                 parts[owners[name]][name] = value
         rest = {name: value for name, value in options.items() if name not in owners}
+        if rest.get("model_free"):
+            parts["tune"] = {"iters": 0, "disable_opt_rtn": True, **parts["tune"]}
         return cls(**rest, **{part: kind(**parts[part]) for part, kind in PARTS.items()})
 
 
@@ -272,6 +348,7 @@ PARTS: dict[str, type] = {
     "calib": CalibConfig,
     "tune": TuneConfig,
     "end_to_end": EndToEndConfig,
+    "mixed": MixedBitsConfig,
 }
 MODEL_DTYPES = {"bf16": "bfloat16", "bfloat16": "bfloat16", "fp16": "float16", "float16": "float16"}
 MODEL_DTYPES |= {"fp32": "float32", "float32": "float32"}
@@ -283,60 +360,3 @@ RECIPES: dict[str, dict[str, Any]] = {
     "best": {"iters": 1000, "nsamples": 512, "low_gpu_mem_usage": True},
     "light": {"iters": 50},
 }
-
-
-def parse_size(text: str) -> int:
-    """Returns bytes for "5GB", "300MB" or a plain number.
-
-    Raises:
-        ConfigError: it is no size.
-    """
-    units = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
-    cleaned = text.strip().upper()
-    for unit in sorted(units, key=len, reverse=True):
-        if cleaned.endswith(unit):
-            number, factor = cleaned.removesuffix(unit), units[unit]
-            break
-    else:
-        number, factor = cleaned, 1
-    try:
-        size = int(float(number) * factor)
-    except (ValueError, OverflowError):
-        raise ConfigError(f"'{text}' is no size. Write for example 5GB or 300MB") from None
-    if size <= 0:
-        raise ConfigError(f"'{text}' must be larger than 0")
-    return size
-
-
-def parse_formats(text: str | Sequence[str]) -> tuple[str, ...]:
-    """Returns the export formats of a comma separated list, in order, without repeats."""
-    names = text.split(",") if isinstance(text, str) else list(text)
-    cleaned = [name.strip().lower() for name in names if name.strip()]
-    if not cleaned:
-        raise ConfigError("no export format given. Write for example --format auto_round")
-    return tuple(dict.fromkeys(cleaned))
-
-
-def parse_layer_config(value: str | Mapping[str, Any]) -> Mapping[str, Any]:
-    """Returns a layer_config from a mapping, JSON text, or the path of a JSON file.
-
-    Raises:
-        ConfigError: it is none of these.
-    """
-    import json
-
-    if isinstance(value, Mapping):
-        return value
-    text = value
-    if not value.lstrip().startswith("{"):
-        path = Path(value)
-        if not path.is_file():
-            raise ConfigError(f"layer_config '{value}' is neither a JSON object nor a file")
-        text = path.read_text(encoding="utf-8")
-    try:
-        parsed = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ConfigError(f"layer_config is not valid JSON: {error}") from None
-    if not isinstance(parsed, dict):
-        raise ConfigError('layer_config must be a JSON object: {"layer or pattern": {"bits": 8}}')
-    return parsed

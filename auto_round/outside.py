@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from auto_round import distributed
+from auto_round.channels import sums_of
 from auto_round.checkpoint import WeightSource
 from auto_round.config import RunConfig
 from auto_round.data_types.activations import stored_peak
@@ -24,8 +25,6 @@ from auto_round.tensors import BlockResult, QuantizedTensor
 from auto_round.tuning import round_plain, round_searched
 
 logger = logging.getLogger(__name__)
-
-HEAD_ROWS = 1 << 14  # rows whose squares are summed at a time
 
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
@@ -66,8 +65,9 @@ def round_outside(
         return
     importance = {} if inputs is None else dict(inputs.means)
     if inputs is not None and inputs.head is not None:
-        squares = sum(piece.float().square().sum(0) for piece in inputs.head.split(HEAD_ROWS))
-        importance |= dict.fromkeys(output_layers(plan), squares / len(inputs.head))
+        seen = sums_of(inputs.head)
+        measured = {name: seen.squares / seen.tokens for name in output_layers(plan)}
+        importance = measured | importance  # what was given counts
     weights: dict[str, QuantizedTensor] = {}
     for name, entry in outside.items():
         weight = source.tensors(entry.layer.name)[name].to(compute_device(config.device)).float()

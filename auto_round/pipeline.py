@@ -7,48 +7,33 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import hashlib
 import logging
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from auto_round import distributed, end_to_end, quality
-from auto_round.background import Background
-from auto_round.blocks import Block, BlockStream
+from auto_round.blockwise import block_seed, open_stream, round_everything, tune_everything
 from auto_round.calibration import CalibrationSet
-from auto_round.config import parse_formats
-from auto_round.device import compute_device, compute_dtype, repeatable_kernels
+from auto_round.device import repeatable_kernels
 from auto_round.formats import FormatTarget, export, verify
-from auto_round.formats.export import HEAD_BLOCK, checked_targets
-from auto_round.memory import release_freed
-from auto_round.outside import OutsideInputs, output_layers, round_outside
-from auto_round.plan import Plan
-from auto_round.progress import Progress
+from auto_round.formats.base import targets
+from auto_round.formats.export import check_not_source, checked_targets
+from auto_round.mixed_bits import describe_choices, find_choices, settle
+from auto_round.model_free import round_folder
+from auto_round.option_values import parse_formats
+from auto_round.plan import Plan, describe
+from auto_round.recipes import write_recipe
 from auto_round.session import Session, fingerprint, load_data
 from auto_round.store import RunStore
-from auto_round.tensors import BlockResult
-from auto_round.tuning import (
-    Tuner,
-    TuningTask,
-    quantizers_of,
-    round_plain,
-    tune,
-    tuner_for,
-    with_input_quantizers,
-)
-from auto_round.tuning.base import joined_peaks
-from auto_round.tuning.block_bytes import Choice
-from auto_round.tuning.kv_cache import cache_scales
-from auto_round.tuning.memory_budget import MemoryBudget
 
 logger = logging.getLogger(__name__)
 
 WORK_FOLDER = ".auto_round_work"
+RECIPE_FILE = "mixed_bits_recipe.json"
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -71,7 +56,36 @@ class RunResult:
 def format_targets(session: Session) -> list[FormatTarget]:
     """Returns the formats of a run and their folders, each checked against the plan."""
     config = session.config
-    return checked_targets(parse_formats(config.format), Path(config.output_dir), session.plan, session.source)
+    names, folder = parse_formats(config.format), Path(config.output_dir)
+    if session.is_settled:
+        return checked_targets(names, folder, session.plan, session.source)
+    wanted = targets(names, folder)
+    find_choices(session, [target.exporter for target in wanted])
+    for target in wanted:
+        check_not_source(target.folder, session.source)
+    return wanted
+
+
+def settled(session: Session, work: Path, names: Sequence[str] | None = None) -> Session:
+    """Returns a session with its final plan: where options are to be chosen among, they are measured and chosen here.
+
+    Args:
+        work: folder that the choice is kept in.
+        names: formats that must hold it; None: those of the session.
+    """
+    wanted = targets(tuple(names or parse_formats(session.config.format)), Path(session.config.output_dir))
+    opened = functools.partial(open_stream, quantized_chain=False)
+    seed = block_seed(session.config.tune.seed, "mixed_bits")
+    with repeatable_kernels():
+        return settle(session, work, [target.exporter for target in wanted], opened, seed=seed)
+
+
+def describe_plan(session: Session) -> str:
+    """Returns what becomes of each weight, or, while that is to be chosen, what there is to choose."""
+    if session.is_settled:
+        return describe(session.plan)
+    wanted = targets(parse_formats(session.config.format), Path(session.config.output_dir))
+    return describe_choices(find_choices(session, [target.exporter for target in wanted]))
 
 
 def run(session: Session) -> RunResult:
@@ -79,7 +93,13 @@ def run(session: Session) -> RunResult:
     config = session.config
     wanted = format_targets(session)
     work = Path(config.work_dir) if config.work_dir else Path(config.output_dir) / WORK_FOLDER
+    if config.model_free:
+        seconds = round_folder(session, wanted) if distributed.is_writer() else 0.0
+        distributed.barrier()
+        return RunResult(tuple(target.folder for target in wanted), {}, seconds)
     started = time.monotonic()
+    session = settled(session, work)
+    wanted = format_targets(session)
     store = quantize(session, work)
     seconds = time.monotonic() - started
     summaries = {name: store.load(name).summary() for name in store.finished()}
@@ -104,7 +124,7 @@ def measure_quality(session: Session, store: RunStore) -> quality.Measured | Non
     if not session.config.report:
         return None
     with repeatable_kernels():
-        return quality.measure(session, store, functools.partial(_open_stream, quantized_chain=False))
+        return quality.measure(session, store, functools.partial(open_stream, quantized_chain=False))
 
 
 def write_reports(
@@ -128,6 +148,8 @@ def write(session: Session, target: FormatTarget, store: RunStore) -> None:
     export(exporter, folder, session.plan, session.source, store, config, session.tokenizer)
     if session.source.folder is None and session.processor is not None:
         session.processor.save_pretrained(folder)
+    if session.recipe is not None:
+        write_recipe(folder / RECIPE_FILE, session.recipe, "What was chosen for each layer. --recipe takes this file.")
     logger.info("wrote %s to %s", exporter.name, folder)
     if config.verify:
         verify(exporter, folder, plan=session.plan, source=session.source, store=store, config=config)
@@ -140,20 +162,19 @@ def quantize(session: Session, work: Path) -> RunStore:
         logger.info("changed: %s", adjustment)
     for warning in plan.warnings:
         logger.warning("%s", warning)
-    needs_calibration = plan.needs_calibration or (config.tune.needs_calibration and bool(plan.quantized()))
-    steps = end_to_end.steps_of(config, plan)
+    needs_calibration, steps = session.needs_calibration, end_to_end.steps_of(config, plan)
     data = load_data(session) if needs_calibration or steps else None
     store = _open_store(work, session, data)
     if config.report and distributed.is_writer():
         quality.hold_out(session, data, store)
     with repeatable_kernels():
         if data is None or not needs_calibration:
-            _round_everything(session, store)
+            round_everything(session, store)
         else:
-            _tune_everything(session, store, data)
+            tune_everything(session, store, data)
         distributed.barrier()
         if data is not None and steps:
-            opened = functools.partial(_open_stream, session, data, quantized_chain=False)
+            opened = functools.partial(open_stream, session, data, quantized_chain=False)
             seed = block_seed(config.tune.seed, "end_to_end")
             end_to_end.tune_scales(plan, store, config, opened, steps=steps, seed=seed)
     assert all(store.has(group[0]) for group in plan.groups), source
@@ -169,206 +190,6 @@ def dequantized(store: RunStore, plan: Plan) -> Iterator[tuple[str, Tensor]]:
             dense = weight.dequantize()
             yield name, dense.t() if name in transposed else dense
         yield from result.plain.items()
-
-
-def _round_everything(session: Session, store: RunStore) -> None:
-    """Plain rounding needs no activations: weights are read, rounded and stored one block after the other."""
-    plan, source = session.plan, session.source
-    device = compute_device(session.config.device)
-    progress = Progress(len(plan.groups))
-    for group in plan.groups:
-        if not store.has(group[0]) and distributed.is_writer():
-            entries = plan.in_group(group)
-            stored: dict[str, Tensor] = {}
-            for name in group:
-                stored.update(source.tensors(name))
-            schemes = {name: entry.scheme for name, entry in entries.items()}
-            weights, peaks = {}, joined_peaks({name: stored[name] for name in entries}, schemes)
-            for name, entry in entries.items():
-                weight = stored[name].to(device).float()
-                weight = weight.t() if entry.layer.transposed else weight
-                weights[name] = round_plain(weight, entry.scheme, peaks.get(name)).to("cpu")
-            store.save(group[0], BlockResult(weights))
-            del stored, weights
-        release_freed()
-        progress.report(group[0], BlockResult({}))
-    round_outside(plan, source, store, session.config)
-
-
-@dataclasses.dataclass(frozen=True, slots=True, eq=False)
-class _Walk:
-    """What goes along from block to block."""
-
-    session: Session
-    store: RunStore
-    stream: BlockStream
-    tuner: Tuner
-    budget: MemoryBudget
-    progress: Progress
-    reader: Background
-    writer: Background
-
-
-def _tune_everything(session: Session, store: RunStore, data: CalibrationSet) -> None:
-    config, plan = session.config, session.plan
-    outside_left = bool(plan.outside()) and not store.has(HEAD_BLOCK)
-    if all(store.has(group[0]) for group in plan.groups) and not outside_left:
-        return
-    tuner = tuner_for(config.tune)
-    has_two = config.tune.enable_quanted_input and tuner.needs_targets
-    chains = 3 if has_two and tuner.needs_original_inputs else 2
-    budget = MemoryBudget(config, compute_device(config.device), chains)
-    stream = _open_stream(session, data, quantized_chain=has_two, budget=budget)
-    end_to_end.check_stream(stream, config)
-    with Background() as reader, Background() as writer:
-        walk = _Walk(session, store, stream, tuner, budget, Progress(len(plan.groups)), reader, writer)
-        stored = None
-        for index in range(len(plan.groups)):
-            last = index == len(plan.groups) - 1 and not outside_left
-            # In a function of its own, so that nothing of a block stays while the next one is tuned.
-            stored = _pass_block(walk, index, stored, last=last)
-            release_freed()
-    if outside_left:
-        inputs = OutsideInputs(_head_inputs(stream, plan), stream.channel_means)
-        round_outside(plan, session.source, store, config, inputs)
-
-
-def _head_inputs(stream: BlockStream, plan: Plan) -> Tensor | None:
-    """Returns (R, H) what the output layer sees at real tokens, None if it is not quantized."""
-    head, mask = plan.structure.head, stream.data.attention_mask
-    if head is None or not output_layers(plan):
-        return None
-    seen = stream.head_inputs(head, stream.quantized)
-    return seen.flatten(0, -2) if mask is None else seen[mask.to(seen.device)]
-
-
-def _pass_block(
-    walk: _Walk, index: int, stored: Mapping[str, Tensor] | None, *, last: bool
-) -> Mapping[str, Tensor] | None:
-    """Quantizes one group of blocks, or takes its result from the store, and moves the activations past it.
-
-    Args:
-        stored: the group's tensors, if they have been read already.
-    Returns:
-        The tensors of the next group, read meanwhile.
-    """
-    session, store, stream = walk.session, walk.store, walk.stream
-    block, name = stream.load(index, stored), session.plan.groups[index][0]
-    if index + 1 < len(session.plan.groups):
-        walk.reader.begin(stream.read, index + 1)
-    done = store.has(name)
-    schemes = {name: entry.scheme for name, entry in session.plan.in_group(block.names).items()}
-    choice = walk.budget.choose(stream, block, schemes)
-    _follow(choice, stream)
-    targets_NTH = None
-    if walk.tuner.needs_targets or not last:
-        targets_NTH = stream.targets(block, keeps_inputs=walk.tuner.needs_original_inputs)
-    result = store.load(name) if done else _tune_within_memory(walk, block, targets_NTH, choice)
-    if not done:
-        result = _with_cache_scales(session, stream, block, result)
-        if distributed.is_writer():
-            walk.writer.begin(store.save, name, result)
-    distributed.barrier()
-    following = walk.reader.result()
-    if not last:
-        assert targets_NTH is not None
-        quantized = with_input_quantizers(block, quantizers_of(result))
-        replaced = _replaced(session, block, result) if stream.quantized_chain else {}
-        stream.advance(quantized, stream.stored(targets_NTH), replaced)
-    walk.progress.report(block.name, result, resumed=done)
-    return following
-
-
-def _follow(choice: Choice, stream: BlockStream) -> None:
-    stream.keep_on(torch.device("cpu") if choice.on_host else stream.device)
-    stream.micro_batch = choice.micro_batch
-
-
-def _tune_within_memory(walk: _Walk, block: Block, targets_NTH: Tensor | None, choice: Choice) -> BlockResult:
-    """Returns what tuning a block gives; where memory does not suffice after all, the block begins anew with less."""
-    wanted: Choice | None = choice
-    while wanted is not None:
-        choice = wanted
-        try:
-            return _tune_block(walk, block, targets_NTH, choice)
-        except torch.cuda.OutOfMemoryError as error:
-            wanted, message = walk.budget.smaller(choice), str(error).splitlines()[0]
-            if wanted is None:
-                raise
-        # Behind the handler, so that nothing of the failed attempt is held by its traceback.
-        logger.warning("%s: %s. Once more with %s", block.name, message, wanted.describe())
-        _follow(wanted, walk.stream)
-        targets_NTH = None if targets_NTH is None else walk.stream.stored(targets_NTH)
-        torch.cuda.empty_cache()
-    raise AssertionError
-
-
-def _open_stream(
-    session: Session, data: CalibrationSet, *, quantized_chain: bool, budget: MemoryBudget | None = None
-) -> BlockStream:
-    config = session.config
-    device = compute_device(config.device)
-    stored = next((p.dtype for p in session.source.model.parameters() if p.is_floating_point()), torch.float32)
-    dtype = compute_dtype(device, stored, amp=config.tune.amp)
-    hidden = session.plan.entries[0].layer.shape[1]
-    budget = MemoryBudget(config, device, chains=2) if budget is None else budget
-    on_host = budget.starts_on_host(data.input_ids.numel() * hidden * dtype.itemsize)
-    return BlockStream(
-        session.source,
-        session.plan.groups,
-        data,
-        device=device,
-        dtype=dtype,
-        storage=torch.device("cpu") if on_host else device,
-        batch_size=config.tune.batch_size,
-        quantized_chain=quantized_chain,
-        watched=[n for n, e in session.plan.outside().items() if e.layer.name != session.plan.structure.head],
-        shows_all_experts=config.calib.calibrate_all_experts,
-    )
-
-
-def _tune_block(walk: _Walk, block: Block, targets_NTH: Tensor | None, choice: Choice) -> BlockResult:
-    session, stream = walk.session, walk.stream
-    entries = session.plan.in_group(block.names)
-    task = TuningTask(
-        block=dataclasses.replace(block, recomputes=choice.recomputes),
-        schemes={name: entry.scheme for name, entry in entries.items()},
-        transposed=frozenset(name for name, entry in entries.items() if entry.layer.transposed),
-        inputs=stream.quantized,
-        original_inputs=stream.original,
-        targets=targets_NTH,
-        mask=stream.data.attention_mask,
-        batches=stream.passes(),
-        seed=block_seed(session.config.tune.seed, block.names[0]),
-        micro_batch=choice.micro_batch,
-    )
-    result = tune(task, session.config.tune) if entries else BlockResult({})
-    return dataclasses.replace(result, weights={name: weight.to("cpu") for name, weight in result.weights.items()})
-
-
-def _with_cache_scales(session: Session, stream: BlockStream, block: Block, result: BlockResult) -> BlockResult:
-    """Returns the result with scales for an FP8 key/value cache, if they were asked for."""
-    if not session.plan.has_cache_scales:
-        return result
-    quantized = with_input_quantizers(block, quantizers_of(result))
-    scales = cache_scales(quantized, stream.quantized, stream.passes(), _replaced(session, block, result))
-    return dataclasses.replace(result, cache_scales={name: scale.to("cpu") for name, scale in scales.items()})
-
-
-def _replaced(session: Session, block: Block, result: BlockResult) -> dict[str, Tensor]:
-    """Returns what the quantized block runs with, on the compute device."""
-    transposed = {entry.layer.parameter for entry in session.plan.entries if entry.layer.transposed}
-    replaced = {}
-    for name, weight in result.weights.items():
-        dense = weight.to(block.device).dequantize()
-        replaced[name] = (dense.t() if name in transposed else dense).to(block.dtype)
-    replaced.update({name: tensor.to(block.device, block.dtype) for name, tensor in result.plain.items()})
-    return replaced
-
-
-def block_seed(seed: int, name: str) -> int:
-    """Returns a seed that depends on the run's seed and the block's name only, not on the order of work."""
-    return int.from_bytes(hashlib.sha256(f"{seed}:{name}".encode()).digest()[:6], "little")
 
 
 def _open_store(work: Path, session: Session, data: CalibrationSet | None) -> RunStore:

@@ -2,21 +2,21 @@
 
 `resolve` turns a model's structure and the scheme options into a `Plan`: one entry per weight with its scheme and the
 reason. It is the only place that changes what was asked for, and each change is an `Adjustment` in the plan. Patterns
-in `layer_config` and `fp_layers` are exact names, substrings, globs, or regular expressions.
+in `layer_config` and `fp_layers` are those of `layer_patterns`.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import fnmatch
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from auto_round.config import SchemeConfig
 from auto_round.data_types import DATA_TYPES
 from auto_round.data_types.activations import why_not_activation
 from auto_round.errors import ConfigError, nearest
+from auto_round.layer_patterns import PLACES, matching
 from auto_round.models.base import LinearInfo, ModelStructure
 from auto_round.schemes import QuantizationScheme, check_fields, preset_name_to_scheme
 from auto_round.tensors import group_count
@@ -203,44 +203,6 @@ def _prescribed(structure: ModelStructure, config: SchemeConfig, nblocks: int, p
     )  # fmt: skip
 
 
-def matches(pattern: str, names: Iterable[str]) -> list[str]:
-    """Returns the names that a pattern means, by the first rule that finds any.
-
-    1. the exact name; 2. `re:...` or a text with one of ^ $ \\ + | ( ) { }: a regular expression found anywhere in the
-    name; 3. a text with * ? [: a glob over the whole name, else a regular expression; 4. a substring, where a number at
-    the end is not continued (layers.1 does not mean layers.10).
-
-    Raises:
-        ConfigError: the regular expression is not valid.
-    """
-    names = list(names)
-    if pattern in names:
-        return [pattern]
-    if pattern.startswith("re:") or re.search(r"[\^$\\+|(){}]", pattern):
-        return _regex_matches(pattern.removeprefix("re:"), names)
-    if re.search(r"[*?\[]", pattern):
-        found = [name for name in names if fnmatch.fnmatchcase(name, pattern)]
-        return found if found or not _is_regex(pattern) else _regex_matches(pattern, names)
-    end = r"(?!\d)" if pattern[-1:].isdigit() else ""
-    return [name for name in names if re.search(re.escape(pattern) + end, name)]
-
-
-def _is_regex(pattern: str) -> bool:
-    try:
-        re.compile(pattern)
-    except re.error:
-        return False
-    return True
-
-
-def _regex_matches(pattern: str, names: list[str]) -> list[str]:
-    try:
-        compiled = re.compile(pattern)
-    except re.error as error:
-        raise ConfigError(f"'{pattern}' is no valid regular expression: {error}") from None
-    return [name for name in names if compiled.search(name)]
-
-
 def _resolve_patterns(
     layers: Sequence[LinearInfo], config: SchemeConfig
 ) -> tuple[dict[str, tuple[dict[str, Any], str]], list[str]]:
@@ -256,19 +218,24 @@ def _resolve_patterns(
     for pattern, value in rules:
         try:
             fields = _scheme_fields(value)
-            hits = matches(pattern, names)
+            hits = matching(pattern, layers)
         except ConfigError as error:
             problems.append(f"'{pattern}': {error}")
             continue
         if not hits:
             leaves = {name.rpartition(".")[2] for name in names}
-            hint = nearest(pattern, [*names, *leaves])
+            hint = nearest(pattern, [*names, *leaves, *PLACES])
             problems.append(
                 f"pattern '{pattern}' matches no linear layer.{hint} Layers end in: {', '.join(sorted(leaves))}"
             )
         for name in hits:
             found[name] = (fields, pattern)
     return found, problems
+
+
+def named_layers(plan: Plan, config: SchemeConfig) -> set[str]:
+    """Returns the layers of a plan that layer_config or fp_layers speak of."""
+    return set(_resolve_patterns([entry.layer for entry in plan.entries], config)[0])
 
 
 def _scheme_fields(value: Any) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import statistics
 import time
 
 from auto_round.tensors import BlockResult
@@ -27,7 +28,8 @@ class Progress:
             "block %d/%d %s%s%s, %.1f s, %.0f s left", self.done, self.total, name, loss, state, now - self.last, left
         )
         for experts, tokens in result.expert_tokens.items():
-            logger.info("%s: %d to %d tokens reached an expert", experts, min(tokens), max(tokens))
+            least, median, most = min(tokens), statistics.median(tokens), max(tokens)
+            logger.info("%s: %d to %d tokens reached an expert, %d in the median", experts, least, most, median)
         if result.note:
             logger.warning("%s: %s", name, result.note)
         self.last = now

@@ -5,19 +5,26 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from torch import Tensor
 
 from auto_round import __version__, distributed, end_to_end
 from auto_round.calibration import CalibrationSet, has_pictures, load_calibration, load_pictures
 from auto_round.checkpoint import WeightSource, load_processor, resolve_folder
-from auto_round.config import RunConfig, parse_formats
-from auto_round.errors import ConfigError
+from auto_round.config import RunConfig
+from auto_round.errors import ConfigError, UnsupportedError
 from auto_round.extra_tensors import extra_modules
-from auto_round.formats.base import prescription
+from auto_round.formats.base import EXPORTERS, FileExporter, prescription
+from auto_round.formats.gguf.importance import importance_of_model
 from auto_round.models import discover, keep_joined
+from auto_round.models.base import ModelStructure
+from auto_round.option_values import parse_formats
 from auto_round.plan import Plan, resolve
 from auto_round.sources import open_source
+from auto_round.sources.named import open_named
 
 logger = logging.getLogger(__name__)
 
@@ -34,6 +41,9 @@ class Session:
 
     Attributes:
         processor: of pictures, as given; None: the one in the model's folder.
+        importance: weight name -> (I,) mean squares of input channels from an importance matrix; empty without one.
+        data: the calibration samples, once they were loaded; a second look at an iterator would find nothing.
+        recipe: options that give this plan again where it was chosen by measuring, written beside the result.
     """
 
     config: RunConfig
@@ -41,6 +51,22 @@ class Session:
     tokenizer: Any
     plan: Plan
     processor: Any = None
+    importance: Mapping[str, Tensor] = dataclasses.field(default_factory=dict)
+    data: CalibrationSet | None = None
+    recipe: Mapping[str, Any] | None = None
+
+    @property
+    def needs_calibration(self) -> bool:
+        """Whether quantization needs calibration text. An importance matrix takes its place where nothing is tuned."""
+        calib, tune = self.config.calib, self.config.tune
+        if self.plan.needs_calibration or calib.write_imatrix is not None:
+            return True
+        return tune.needs_calibration and bool(self.plan.quantized()) and (tune.iters > 0 or calib.imatrix is None)
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether the plan is the final one: no options are left to choose among."""
+        return not self.config.mixed.options
 
 
 def open_session(config: RunConfig, *, tokenizer: Any = None, processor: Any = None) -> Session:
@@ -55,21 +81,65 @@ def open_session(config: RunConfig, *, tokenizer: Any = None, processor: Any = N
     if config.model is None:
         raise ConfigError("no model given. Write --model FOLDER_OR_NAME")
     model = resolve_folder(str(config.model)) if isinstance(config.model, (str, Path)) else config.model
+    names = config.scheme.to_quant_block_names
+    lists = [name.strip() for name in names.split(",")] if isinstance(names, str) else names
+    if config.model_free:
+        return _open_without_model(config, model, lists, tokenizer)
     source = open_source(model, trust_remote_code=config.trust_remote_code)
     if tokenizer is None and source.folder is not None:
         tokenizer = _load_tokenizer(source.folder, config)
-    names = config.scheme.to_quant_block_names
-    lists = [name.strip() for name in names.split(",")] if isinstance(names, str) else names
     structure = keep_joined(discover(source.model, lists), set(source.keys().values()), source.fused_experts())
     structure = dataclasses.replace(structure, extra_modules=extra_modules(source))
-    prescribed = prescription(parse_formats(config.format), structure, source, tokenizer, config)
-    plan = resolve(structure, config.scheme, nblocks=config.tune.nblocks, prescription=prescribed)
+    plan = _planned(config, structure, source, tokenizer)
     end_to_end.check(config, plan)
-    return Session(_clip_seqlen(config, source.model, tokenizer), source, tokenizer, plan, processor)
+    importance: Mapping[str, Tensor] = {}
+    if config.calib.imatrix is not None:
+        shapes = {name: entry.layer.shape for name, entry in plan.quantized().items()}
+        importance = importance_of_model(config.calib.imatrix, source, structure, shapes)
+    clipped = _clip_seqlen(config, _longest(source.model, tokenizer))
+    return Session(clipped, source, tokenizer, plan, processor, importance)
+
+
+def _open_without_model(config: RunConfig, model: Any, lists: list[str] | None, tokenizer: Any) -> Session:
+    """Returns a session whose plan is made from the names of a folder's tensors."""
+    if not isinstance(model, Path):
+        raise ConfigError("model_free reads the files of a folder. Give a folder or hub name, or leave out model_free")
+    formats = parse_formats(config.format)
+    files = [name for name in formats if name in EXPORTERS and isinstance(EXPORTERS[name], FileExporter)]
+    if files:
+        able = [name for name, exporter in EXPORTERS.items() if not isinstance(exporter, FileExporter)]
+        raise UnsupportedError(
+            f"model_free cannot write {', '.join(files)}, which needs the model. It writes {', '.join(able)}"
+        )
+    source = open_named(model)
+    plan = resolve(source.structure(lists), config.scheme)
+    if plan.needs_calibration:
+        raise ConfigError(
+            "model_free sees no calibration text, but ranges of activations or scales of a cache are asked for. Use a "
+            "scheme with dynamic activations or none, such as FP8_DYNAMIC or W4A16, or leave out model_free"
+        )
+    return Session(_clip_seqlen(config, source.longest()), source, tokenizer, plan)
+
+
+def replanned(session: Session, config: RunConfig) -> Session:
+    """Returns a session with other options and the plan that they give."""
+    plan = _planned(config, session.plan.structure, session.source, session.tokenizer)
+    return dataclasses.replace(session, config=config, plan=plan)
+
+
+def _planned(config: RunConfig, structure: ModelStructure, source: WeightSource, tokenizer: Any) -> Plan:
+    """Returns the plan; while options are to be chosen among, that of the first one."""
+    prescribed = prescription(parse_formats(config.format), structure, source, tokenizer, config)
+    scheme = config.scheme
+    if prescribed is None and config.mixed.options:
+        scheme = dataclasses.replace(scheme, scheme=config.mixed.option_list()[0])
+    return resolve(structure, scheme, nblocks=config.tune.nblocks, prescription=prescribed)
 
 
 def load_data(session: Session) -> CalibrationSet:
     """Returns the calibration samples that a session asks for."""
+    if session.data is not None:
+        return session.data
     calib = session.config.calib
     size = {"nsamples": calib.nsamples, "seqlen": calib.seqlen, "seed": session.config.tune.seed}
     if not has_pictures(calib.dataset):
@@ -94,6 +164,7 @@ def fingerprint(session: Session, data: CalibrationSet | None) -> dict[str, Any]
         "groups": [list(group) for group in session.plan.groups],
         "cache_scales": session.plan.has_cache_scales,
         "tune": dataclasses.asdict(session.config.tune) if data is not None else {"iters": 0, "disable_opt_rtn": True},
+        "imatrix": _importance_identity(session.importance),
         "calibration": None if data is None else _data_identity(data),
         "all_experts": session.config.calib.calibrate_all_experts,
         "world_size": distributed.world_size(),
@@ -107,6 +178,15 @@ def _data_identity(data: CalibrationSet) -> str:
     for sample in data.media or ():
         for name in sorted(sample):
             digest.update(name.encode() + sample[name].contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _importance_identity(importance: Mapping[str, Tensor]) -> str | None:
+    if not importance:
+        return None
+    digest = hashlib.sha256()
+    for name in sorted(importance):
+        digest.update(name.encode() + importance[name].contiguous().numpy().tobytes())
     return digest.hexdigest()
 
 
@@ -130,11 +210,15 @@ def _load_tokenizer(folder: Path, config: RunConfig) -> Any:
         return None
 
 
-def _clip_seqlen(config: RunConfig, model: Any, tokenizer: Any) -> RunConfig:
-    """Returns the config with seqlen no longer than the model's positions and the tokenizer's limit."""
+def _longest(model: Any, tokenizer: Any) -> list[Any]:
+    """Returns the model's positions and the tokenizer's limit, in whatever form they have them."""
     model_config = getattr(model, "config", None)
     text_config = model_config.get_text_config() if hasattr(model_config, "get_text_config") else model_config
-    limits = [getattr(text_config, "max_position_embeddings", None), getattr(tokenizer, "model_max_length", None)]
+    return [getattr(text_config, "max_position_embeddings", None), getattr(tokenizer, "model_max_length", None)]
+
+
+def _clip_seqlen(config: RunConfig, limits: list[Any]) -> RunConfig:
+    """Returns the config with seqlen no longer than any limit that is a number."""
     longest = min([limit for limit in limits if isinstance(limit, int) and limit > 0], default=config.calib.seqlen)
     if config.calib.seqlen <= longest:
         return config

@@ -10,9 +10,9 @@ import contextlib
 import dataclasses
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -24,11 +24,32 @@ from auto_round.schemes import QuantizationScheme
 from auto_round.tensors import TENSOR_FIELDS, BlockResult, QuantizedTensor
 
 RUN_FILE = "run.json"
+CHOSEN_FILE = "mixed_bits.json"  # which option each layer got, where that was measured; older than the store itself
 # Beside the blocks, not in them: a stage that changes scales of all blocks is finished with one rename, or not at all.
 SCALES_FILE = "end_to_end.safetensors"
 HELD_OUT_FILE = "held_out.safetensors"
 SHOWN_DIFFERENCES = 12
 SCALE_FIELDS = ("scale", "global_scale", "offset", "super_scale", "super_offset")
+
+
+class Results(Protocol):
+    """Quantized blocks by name, as the check of a written checkpoint reads them."""
+
+    def finished(self) -> Iterable[str]:
+        """Returns the names of the blocks that are there."""
+        ...
+
+    def load(self, block: str) -> BlockResult:
+        """Returns the result of a block."""
+        ...
+
+    def plain(self, block: str) -> dict[str, Tensor]:
+        """Returns tuned tensors in 16 bits."""
+        ...
+
+    def cache_scales(self, block: str) -> dict[str, Tensor]:
+        """Returns scales of an FP8 key/value cache."""
+        ...
 
 
 class RunStore:
@@ -199,6 +220,7 @@ class RunStore:
     def remove(self) -> None:
         """Removes the results and the folder, if nothing else is in it."""
         self.clear()
+        (self.folder / CHOSEN_FILE).unlink(missing_ok=True)
         for folder in (self.blocks, self.folder):
             if folder.is_dir() and not any(folder.iterdir()):
                 folder.rmdir()

@@ -31,7 +31,7 @@ class StoredTensors(NamedTensors):
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.files = _weight_map(folder)
+        self.files = weight_map(folder)
         self._open: dict[str, Any] = {}
 
     def __getitem__(self, key: str) -> Tensor:
@@ -51,22 +51,22 @@ class StoredTensors(NamedTensors):
         return len(self.files)
 
 
-def _weight_map(folder: Path) -> dict[str, str]:
+def weight_map(folder: Path) -> dict[str, str]:
     """Returns checkpoint key -> file name, safetensors before pickled weights."""
     for index_name, pattern in ((INDEX_NAME, "*.safetensors"), (PICKLED_INDEX_NAME, "pytorch_model*.bin")):
         index = folder / index_name
         if index.is_file():
             try:
-                weight_map = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
+                files = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
             except (ValueError, TypeError, KeyError) as error:
                 raise CheckpointError(f"{index} is no index of weights: {error!r}") from error
-            absent = sorted({file for file in weight_map.values() if not (folder / file).is_file()})
+            absent = sorted({file for file in files.values() if not (folder / file).is_file()})
             if absent:
                 raise CheckpointError(f"{folder}: the index names files that are not there: {', '.join(absent)}")
-            return weight_map
-        files = sorted(folder.glob(pattern))
-        if files:
-            return {key: file.name for file in files for key in _open_file(file).keys()}
+            return files
+        found = sorted(folder.glob(pattern))
+        if found:
+            return {key: file.name for file in found for key in _open_file(file).keys()}
     raise CheckpointError(f"{folder} holds no weights (*.safetensors or pytorch_model*.bin)")
 
 

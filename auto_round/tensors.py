@@ -7,7 +7,7 @@ not divide has a shorter last group; in grouped form that group is padded with z
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -129,6 +129,38 @@ class QuantizedTensor:
         return dataclasses.replace(self, **moved)
 
 
+# Fields of QuantizedTensor that hold tensors, those that may be None last.
+TENSOR_FIELDS = ("codes", "scale", "zero_point", "global_scale", "input_peak", "offset", "super_scale", "super_offset")
+# Those of them with a row for each row of the weight.
+ROW_FIELDS = ("codes", "scale", "zero_point", "offset", "super_scale", "super_offset")
+
+
+def rows_of(weight: QuantizedTensor, rows: slice) -> QuantizedTensor:
+    """Returns some rows of a weight, as views; what all rows share is shared further."""
+    fields = ((name, getattr(weight, name)) for name in ROW_FIELDS)
+    some: dict[str, Any] = {name: tensor[rows] for name, tensor in fields if tensor is not None}
+    return dataclasses.replace(weight, **some)
+
+
+def join_rows(pieces: Iterable[tuple[slice, QuantizedTensor]], row_count: int) -> QuantizedTensor:
+    """Returns the weight whose rows are those of the pieces; what is no row is the first one's.
+
+    Args:
+        pieces: rows and what they are; each may be made when the one before was copied.
+        row_count: rows of the whole, all of which are in some piece.
+    """
+    joined: QuantizedTensor | None = None
+    for rows, piece in pieces:
+        own = {name: tensor for name in ROW_FIELDS if (tensor := getattr(piece, name)) is not None}
+        if joined is None:
+            whole: dict[str, Any] = {n: t.new_empty((row_count, *t.shape[1:])) for n, t in own.items()}
+            joined = dataclasses.replace(piece, **whole)
+        for name, tensor in own.items():
+            getattr(joined, name)[rows] = tensor
+    assert joined is not None
+    return joined
+
+
 def dequantize_by_rows(weight: QuantizedTensor, dtype: torch.dtype) -> Tensor:
     """Returns what `dequantize` does, made some rows at a time.
 
@@ -138,17 +170,8 @@ def dequantize_by_rows(weight: QuantizedTensor, dtype: torch.dtype) -> Tensor:
     dense = torch.empty(weight.shape, dtype=dtype, device=weight.codes.device)
     for start in range(0, weight.shape[0], step):
         rows = slice(start, start + step)
-        # Each row has scales of its own, also where rows share them.
-        zero = None if weight.zero_point is None else weight.zero_point[rows]
-        some = dataclasses.replace(weight, codes=weight.codes[rows], scale=weight.scale[rows], zero_point=zero)
-        dense[rows] = some.dequantize(dtype)
+        dense[rows] = rows_of(weight, rows).dequantize(dtype)  # each row has scales of its own, also where rows share
     return dense
-
-
-# Fields of QuantizedTensor that hold tensors, those that may be None last.
-TENSOR_FIELDS = ("codes", "scale", "zero_point", "global_scale", "input_peak", "offset", "super_scale", "super_offset")
-# Those of them with a row for each row of the weight.
-ROW_FIELDS = ("codes", "scale", "zero_point", "offset", "super_scale", "super_offset")
 
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)

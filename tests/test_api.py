@@ -98,7 +98,7 @@ def test_the_signature_lists_every_option_with_its_default():
     assert list(parameters)[:5] == ["model", "tokenizer", "bits", "group_size", "sym"]
     options = {name for owner in PARTS.values() for name in owner.__dataclass_fields__}
     options |= set(RunConfig.__dataclass_fields__) - {*PARTS, "model"}
-    assert options == set(parameters) - {"model", "tokenizer"}
+    assert options == set(parameters) - {"model", "tokenizer", "recipe"}
     assert "scheme" in parameters
     assert parameters["iters"].default == 200
     assert parameters["layer_config"].kind is inspect.Parameter.POSITIONAL_OR_KEYWORD

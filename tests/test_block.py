@@ -5,9 +5,10 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from auto_round.block import Block
+from auto_round.block import Block, join_experts
 from auto_round.calls import BlockCalls
 from auto_round.memory import LiveBytes
+from auto_round.models.experts import fused_experts, with_linear_experts
 
 # The model passes nothing but the hidden states.
 CALLS = BlockCalls((), {}, pytree.tree_flatten(((), {}))[1])
@@ -117,3 +118,67 @@ def test_recomputing_leaves_nothing_on_the_modules(two_parts):
         block.forward(torch.randn(2, 3, 5), torch.arange(2))
     assert before == [sorted(vars(module)) for module in block.modules[0].modules()]
     assert not any(module._forward_pre_hooks for module in block.modules[0].modules())
+
+
+@pytest.fixture
+def experts_block(make_model):
+    """Returns a block that is a layer with four experts, its tensors joined, and the layer's experts by name."""
+    model = make_model("qwen3_moe")
+    layouts = fused_experts(model)
+    twin = with_linear_experts(model, layouts, dict.fromkeys(layouts, ("gate_proj", "up_proj", "down_proj")))
+    mlp = twin.model.layers[0].mlp
+    tensors = {f"mlp.{name}": tensor.detach() for name, tensor in mlp.named_parameters()}
+    stacks = join_experts(("mlp",), (mlp,), tensors)
+    return Block(
+        ("mlp",), (mlp,), (CALLS,), tensors, torch.device("cpu"), torch.float32, stacks=stacks
+    )  # fmt: skip
+
+
+UP, PARTS = "mlp.experts.stack_of_up_proj", [f"mlp.experts.{i}.up_proj.weight" for i in range(4)]
+
+
+def test_tensors_of_experts_are_views_of_one(experts_block):
+    assert list(experts_block.stacks[UP]) == PARTS
+    stack = experts_block.tensors[UP]
+    assert stack.shape == (4, 32, 64)
+    for index, part in enumerate(PARTS):
+        assert experts_block.tensors[part].data_ptr() == stack[index].data_ptr()
+
+
+def test_parts_and_stacks_may_be_replaced_alike(experts_block):
+    x, samples = torch.randn(2, 3, 64), torch.arange(2)
+    new = {part: torch.randn(32, 64) for part in PARTS}
+    (module,) = experts_block.modules
+    own = {name.removeprefix("mlp."): tensor for name, tensor in new.items()}
+    wanted = torch.func.functional_call(module, own, (x,))
+    wanted = wanted[0] if isinstance(wanted, tuple) else wanted
+    torch.testing.assert_close(experts_block.forward(x, samples, new), wanted)
+    joined = experts_block.stacked(new)
+    assert joined.keys() == {UP}
+    assert torch.equal(experts_block.forward(x, samples, joined), experts_block.forward(x, samples, new))
+    one = {PARTS[1]: new[PARTS[1]]}
+    assert experts_block.stacked(one) == one
+    assert not torch.equal(experts_block.forward(x, samples, one), experts_block.forward(x, samples))
+
+
+def test_experts_run_one_by_one_where_inputs_are_quantized(experts_block):
+    """Also with a stack in place of the parts, whose gradient then comes from its parts."""
+    x, samples = torch.randn(2, 3, 64), torch.arange(2)
+    seen = []
+    rounding = {part: lambda rows: seen.append(len(rows)) or rows.round() for part in PARTS}
+    quantized = dataclasses.replace(experts_block, input_quantizers=rounding)
+    stack = experts_block.tensors[UP].clone().requires_grad_()
+    output = quantized.forward(x, samples, {UP: stack})
+    assert sum(seen) == 12  # two of four experts for each of six tokens
+    assert torch.equal(output, quantized.forward(x, samples))
+    output.sum().backward()
+    assert stack.grad.abs().sum() > 0
+
+
+def test_what_a_block_lacks_keeps_no_memory(experts_block):
+    lean = experts_block.without({PARTS[0], "mlp.gate.weight"})
+    assert not {PARTS[0], UP, "mlp.gate.weight"} & lean.tensors.keys()
+    assert lean.tensors[PARTS[1]].untyped_storage().nbytes() == 32 * 64 * 4
+    assert torch.equal(lean.tensors[PARTS[1]], experts_block.tensors[PARTS[1]])
+    x, given = torch.randn(1, 5, 64), {name: experts_block.tensors[name] for name in (PARTS[0], "mlp.gate.weight")}
+    assert torch.equal(lean.forward(x, torch.arange(1), given), experts_block.forward(x, torch.arange(1)))

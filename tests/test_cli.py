@@ -10,7 +10,8 @@ import torch
 from safetensors.torch import load_file
 
 from auto_round import cli, pipeline
-from auto_round.config import RECIPES, parse_layer_config
+from auto_round.config import RECIPES
+from auto_round.option_values import parse_layer_config
 
 DEMO = Path(__file__).resolve().parents[1] / "examples" / "demo_model"
 # Every flag of the main command. A new one needs a line in the docs and a review of this list.
@@ -21,9 +22,12 @@ FLAGS = {
     "--disable_minmax_tuning", "--disable_opt_rtn",
     "--disable_quanted_input", "--dry_run", "--dtype", "--dynamic_max_gap", "--enable_alg_ext",
     "--enable_minmax_tuning", "--enable_norm_bias_tuning", "--enable_quanted_input", "--enable_torch_compile",
-    "--e2e_lr", "--e2e_steps",
+    "--avg_bits", "--e2e_lr", "--e2e_steps", "--ignore_scale_zp_bits", "--option", "--options", "--sensitivity_samples",
+    "--separate_joined",
+    "--target_bits", "--target_size",
     "--eval_bs", "--format", "--formats", "--fp_layers", "--gradient_accumulate_steps", "--group_size", "--help",
-    "--ignore_layers", "--iter", "--iters", "--layer_config", "--low_gpu_mem_usage", "--lr", "--lr_scheduler",
+    "--ignore_layers", "--imatrix", "--iter", "--iters", "--layer_config", "--low_gpu_mem_usage", "--lr",
+    "--lr_scheduler",
     "--max_gpu_memory", "--max_shard_size", "--minmax_lr", "--mllm", "--model", "--model_dtype", "--model_name",
     "--model_name_or_path",
     "--nblocks", "--no_verify", "--not_use_best_mse", "--use_best_mse", "--disable_torch_compile",
@@ -33,7 +37,8 @@ FLAGS = {
     "--no_report", "--report", "--report_text",
     "--seq_len", "--seqlen", "--super_bits", "--super_group_size", "--sym", "--task", "--tasks",
     "--extra_data_dir", "--quant_nontext_module", "--template", "--truncation",
-    "--to_quant_block_names", "--train_bs", "--trust_remote_code", "--verify", "--work_dir", "-h",
+    "--disable_model_free", "--enable_opt_rtn", "--model_free",
+    "--to_quant_block_names", "--train_bs", "--trust_remote_code", "--verify", "--work_dir", "--write_imatrix", "-h",
 }  # fmt: skip
 
 
@@ -151,6 +156,15 @@ def test_a_recipe_sets_its_options_and_flags_win_over_it(recipe, config_of):
     assert config_of("--recipe", recipe, "--iters", "3").tune.iters == 3
 
 
+def test_a_recipe_in_a_file_sets_its_options_and_flags_win_over_it(config_of, tmp_path):
+    file = tmp_path / "mine.json"
+    file.write_text('{"comment": "c", "scheme": "W2A16G64", "iters": 7, "layer_config": {"down_proj": 4}}')
+    config = config_of("--recipe", str(file), "--iters", "3")
+    assert (config.scheme.scheme, config.tune.iters) == ("W2A16G64", 3)
+    assert config.scheme.layer_config == {"down_proj": 4}
+    assert config_of("--recipe", str(file), "--layer_config", '{"o_proj": 8}').scheme.layer_config == {"o_proj": 8}
+
+
 @pytest.mark.parametrize(("command", "recipe"), [("main_best", "best"), ("main_light", "light"), ("main_mllm", None)])
 def test_the_other_commands_choose_a_recipe(command, recipe, monkeypatch):
     seen = []
@@ -184,6 +198,7 @@ def test_the_other_commands_choose_a_recipe(command, recipe, monkeypatch):
         (["--format", "auto_round:auto_awq", "--bits", "3"], "auto_round:auto_awq: cannot store bits=3"),
         (["--max_shard_size", "big"], "'big' is no size"),
         (["--model_dtype", "int8"], "model_dtype='int8' (allowed: "),
+        (["--recipe", "bset"], "recipe 'bset' is neither one of default, best, light nor a file. Did you mean 'best'?"),
         (["--to_quant_block_names", "model.layer"], "'model.layer' is no list of layers"),
     ],
     ids=lambda value: "_".join(value)[:40] if isinstance(value, list) else None,
@@ -213,10 +228,9 @@ def test_a_command_without_what_it_needs_says_so(arguments, message, capsys):
     [
         (["--bits", "four"], "argument --bits: invalid int value: 'four'"),
         (["--act_sym", "maybe"], "'maybe' is neither true nor false"),
-        (["--recipe", "bset"], "argument --recipe: invalid choice: 'bset'"),
         (["--bits"], "argument --bits: expected one argument"),
     ],
-    ids=["word", "boolean", "choice", "nothing"],
+    ids=["word", "boolean", "nothing"],
 )
 def test_a_value_of_the_wrong_kind_ends_with_status_2(arguments, message, capsys):
     with pytest.raises(SystemExit) as end:

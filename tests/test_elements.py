@@ -122,6 +122,20 @@ def test_encode_and_decode_are_inverse_on_every_number(name):
     assert int(element.encode(grid).max()) < 2**element.bits
 
 
+@pytest.mark.parametrize("name", EVERY)
+def test_nearest_codes_are_the_codes_of_rounded_numbers(name):
+    element = EVERY[name]
+    grid = numbers(element)
+    ties = (grid[1:] + grid[:-1]) / 2
+    near = torch.cat([ties.nextafter(torch.tensor(1e9)), ties.nextafter(torch.tensor(-1e9)), ties, grid])
+    generator = torch.Generator().manual_seed(0)
+    drawn = torch.randn(20000, generator=generator) * torch.exp2(torch.randint(-30, 20, (20000,), generator=generator))
+    rest = torch.tensor([0.0, -0.0, 1e-45, -1e-40, 3e38, -3e38, float("inf"), -float("inf")])
+    x = torch.cat([near, drawn, rest])
+    x = x[x.isfinite()] if name in FIXED else x
+    assert torch.equal(element.nearest_codes(x), element.encode(element.round(x)))
+
+
 @pytest.mark.parametrize("name", FLOATS)
 def test_zero_keeps_its_sign(name):
     element = FLOATS[name]

@@ -8,7 +8,7 @@ import re
 import pytest
 import torch
 
-from auto_round import end_to_end, pipeline
+from auto_round import blockwise, end_to_end, pipeline
 from auto_round import session as session_module
 from auto_round.blocks import BlockStream
 from auto_round.calibration import CalibrationSet
@@ -69,14 +69,14 @@ def test_scales_move_and_the_held_out_divergence_falls_while_codes_stay(options,
 
 def measured(model, store, session, data, samples):
     """Returns the divergence of what a store holds, by a model made from it anew."""
-    stream = pipeline._open_stream(session, data, quantized_chain=False)
+    stream = blockwise.open_stream(session, data, quantized_chain=False)
     return QuantizedModel(stream, store.load, None, frozenset()).divergence(samples, {})
 
 
 def test_what_is_stored_has_the_divergence_that_was_reported(make_model, ids, tmp_path):
     model = make_model()
     store, session = quantize(model, tmp_path, dataset=ids, e2e_steps=STEPS)
-    seed = pipeline.block_seed(session.config.tune.seed, "end_to_end")
+    seed = blockwise.block_seed(session.config.tune.seed, "end_to_end")
     _, held_out = split_samples(len(ids), torch.Generator().manual_seed(seed))
     summary = store.scales_record()["summary"]
     assert measured(model, store, session, ids, held_out) == pytest.approx(summary["best"], rel=1e-6)
@@ -132,7 +132,7 @@ def test_a_tuned_norm_is_part_of_what_the_stage_sees(make_model, ids, tmp_path):
     store, session = quantize(make_model(), tmp_path, e2e_steps=STEPS, **options)
     assert store.load("model.layers.0").plain
     first = store.scales_record()["summary"]["first"]
-    seed = pipeline.block_seed(session.config.tune.seed, "end_to_end")
+    seed = blockwise.block_seed(session.config.tune.seed, "end_to_end")
     _, held_out = split_samples(len(ids), torch.Generator().manual_seed(seed))
     store.drop_scales()
     assert measured(make_model(), store, session, ids, held_out) == pytest.approx(first, rel=1e-6)

@@ -548,12 +548,6 @@ def test_writing_over_the_original_model_is_refused_before_any_work(make_model, 
     assert bytes_of(folder) == before
 
 
-def test_seeds_of_blocks_depend_on_seed_and_name():
-    seeds = {pipeline.block_seed(seed, name) for seed in (1, 2) for name in ("model.layers.0", "model.layers.1")}
-    assert len(seeds) == 4
-    assert pipeline.block_seed(1, "model.layers.0") == pipeline.block_seed(1, "model.layers.0")
-
-
 # --- a trained model --------------------------------------------------------------------------------------------
 
 

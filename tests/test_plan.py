@@ -5,7 +5,7 @@ import pytest
 from auto_round.config import SchemeConfig
 from auto_round.errors import ConfigError
 from auto_round.models.base import LinearInfo, ModelStructure
-from auto_round.plan import SIXTEEN_BIT, describe, matches, resolve
+from auto_round.plan import SIXTEEN_BIT, describe, resolve
 from auto_round.schemes import QuantizationScheme
 
 LEAVES = {
@@ -45,52 +45,9 @@ def scheme_of(plan, layer: str) -> QuantizationScheme:
 NAMES = [layer.name for layer in structure_of().linears]
 
 
-@pytest.mark.parametrize(
-    ("pattern", "count"),
-    [
-        pytest.param("lm_head", 1, id="exact"),
-        pytest.param("model.layers.1.mlp.up_proj", 1, id="exact inside"),
-        pytest.param("q_proj", 12, id="leaf"),
-        pytest.param("mlp", 36, id="substring"),
-        pytest.param("layers.1", 7, id="number at the end is not continued"),
-        pytest.param("layers.10", 7, id="two digits"),
-        pytest.param("layers.1.", 7, id="dot at the end"),
-        pytest.param("model.layers.*.mlp.up_proj", 12, id="glob"),
-        pytest.param("*.q_proj", 12, id="glob from the start"),
-        pytest.param("model.layers.[01].*", 14, id="glob of a class"),
-        pytest.param("model.layers.?.self_attn.q_proj", 10, id="glob of one letter"),
-        pytest.param("layers.*.mlp", 36, id="a glob that fits no whole name is a regular expression"),
-        pytest.param(r"re:layers\.[02]\.", 14, id="marked regular expression"),
-        pytest.param(r"layers\.\d\.mlp\.up_proj", 10, id="regular expression by its letters"),
-        pytest.param("q_proj|k_proj", 24, id="alternatives"),
-        pytest.param("^lm_head$", 1, id="anchors"),
-        pytest.param("re:head", 1, id="marked without special letters"),
-        pytest.param("nothing", 0, id="nothing"),
-        pytest.param("re:nothing", 0, id="nothing by regular expression"),
-        pytest.param("*.nothing", 0, id="nothing by glob"),
-    ],
-)
-def test_a_pattern_means_so_many_layers(pattern, count):
-    assert len(matches(pattern, NAMES)) == count
-
-
-def test_layers_1_does_not_mean_layers_10():
-    assert {name.split(".")[2] for name in matches("layers.1", NAMES)} == {"1"}
-
-
 def test_a_glob_that_fits_nothing_is_not_blamed_as_a_regular_expression():
     with pytest.raises(ConfigError, match=r"pattern '\*\.nothing' matches no linear layer"):
         plan_of(layer_config={"*.nothing": 8})
-
-
-def test_an_exact_name_is_not_a_substring_of_others():
-    assert matches("a.b", ["a.b", "a.b.c", "x.a.b"]) == ["a.b"]
-
-
-@pytest.mark.parametrize("pattern", ["re:(", "a(b", "re:*"])
-def test_a_broken_regular_expression_is_refused(pattern):
-    with pytest.raises(ConfigError, match="no valid regular expression"):
-        matches(pattern, NAMES)
 
 
 def test_blocks_are_quantized_and_the_head_is_not():
@@ -330,3 +287,24 @@ def test_describe_says_everything_that_was_decided():
     assert sum(line.startswith("changed: ") for line in lines) == 3
     assert sum(line.startswith("note: model.layers.1.self_attn") for line in lines) == 1
     assert not any(line != line.rstrip() for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "message"),
+    [
+        ("non_experts", "pattern 'non_experts' matches no linear layer. Did you mean 'non_expert'?"),
+        ("blocks[99]", "'blocks[99]': no such blocks: the model has 12"),
+    ],
+)
+def test_a_place_that_the_model_does_not_have_is_refused(pattern, message):
+    with pytest.raises(ConfigError) as caught:
+        plan_of(layer_config={pattern: 8})
+    assert message in str(caught.value)
+
+
+def test_head_and_tail_get_what_is_said_of_their_places():
+    plan = plan_of(bits=2, layer_config={"blocks[:1]": 8, "blocks[-1:].down_proj": 16}, fp_layers="blocks[-2].o_proj")
+    assert scheme_of(plan, "model.layers.0.mlp.up_proj").bits == 8
+    assert scheme_of(plan, "model.layers.11.mlp.down_proj") == SIXTEEN_BIT
+    assert scheme_of(plan, "model.layers.10.self_attn.o_proj") == SIXTEEN_BIT
+    assert scheme_of(plan, "model.layers.11.mlp.up_proj").bits == 2

@@ -23,3 +23,10 @@ def test_a_note_is_a_warning_with_the_blocks_name(caplog):
     Progress(1).report("model.layers.0", BlockResult({}, note="rounded to nearest instead"))
     (warning,) = [record for record in caplog.records if record.levelno == logging.WARNING]
     assert warning.getMessage() == "model.layers.0: rounded to nearest instead"
+
+
+def test_tokens_of_the_experts_are_told(caplog):
+    caplog.set_level(logging.INFO, logger="auto_round")
+    Progress(1).report("model.layers.0", BlockResult({}, expert_tokens={"model.layers.0.mlp.experts": [7, 0, 3, 5]}))
+    text = caplog.records[-1].getMessage()
+    assert text == "model.layers.0.mlp.experts: 0 to 7 tokens reached an expert, 4 in the median"

@@ -11,6 +11,8 @@ from auto_round.tensors import (
     expand_groups,
     from_groups,
     group_count,
+    join_rows,
+    rows_of,
     to_groups,
 )
 
@@ -144,3 +146,35 @@ def test_a_block_result_sums_up_without_tensors():
     expected = {"first_loss": 2.0, "best_loss": 1.0, "best_step": 7, "note": "x", "expert_tokens": tokens}
     expected["losses"] = [3.0, 1.5]
     assert result.summary() == expected
+
+
+def test_joined_rows_are_those_of_the_pieces():
+    scheme = QuantizationScheme(bits=4, group_size=2, sym=False)
+    pieces = [
+        QuantizedTensor(
+            torch.full((rows, 4), rows, dtype=torch.uint8), torch.full((rows, 2), float(rows)),
+            torch.full((rows, 2), rows, dtype=torch.uint8), scheme,
+        )
+        for rows in (1, 2)
+    ]  # fmt: skip
+    joined = join_rows([(slice(0, 1), pieces[0]), (slice(1, 3), pieces[1])], 3)
+    assert joined.codes.tolist() == [[1] * 4, [2] * 4, [2] * 4]
+    assert joined.scale.tolist() == [[1.0, 1.0], [2.0, 2.0], [2.0, 2.0]]
+    assert joined.zero_point.tolist() == [[1, 1], [2, 2], [2, 2]]
+
+
+def test_rows_of_a_weight_join_to_it_again():
+    """What all rows share stays as it is."""
+    groups = (6, 2)
+    weight = QuantizedTensor(
+        torch.randint(0, 4, (6, 8), dtype=torch.uint8), torch.rand(groups),
+        torch.randint(1, 4, groups, dtype=torch.uint8), QuantizationScheme(bits=2, group_size=4, sym=False),
+        input_peak=torch.tensor(3.0), offset=torch.rand(groups),
+    )  # fmt: skip
+    pieces = [rows_of(weight, slice(0, 1)), rows_of(weight, slice(1, 6))]
+    assert [piece.shape for piece in pieces] == [(1, 8), (5, 8)]
+    joined = join_rows(zip((slice(0, 1), slice(1, 6)), pieces, strict=True), 6)
+    for field in ("codes", "scale", "zero_point", "offset", "input_peak"):
+        assert torch.equal(getattr(joined, field), getattr(weight, field))
+    assert joined.global_scale is None
+    assert torch.equal(torch.cat([piece.dequantize() for piece in pieces]), weight.dequantize())

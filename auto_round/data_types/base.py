@@ -48,6 +48,8 @@ class DataType(Protocol):
 
     `tensor_peak` is the largest magnitude, () float32, of all weights that serving engines join with this one; None: of
     this weight alone. Only a type with `has_tensor_scale` looks at it, so that the joined weights share it.
+
+    Parameters are those of `trainable`; `encode` also takes UNTOUCHED, which stands for fresh ones and costs nothing.
     """
 
     name: str
@@ -99,6 +101,8 @@ class DataType(Protocol):
         ...
 
 
+UNTOUCHED: Params = {}
+
 DATA_TYPES: Registry[DataType] = Registry("data type")
 
 # Searches work on so many elements at a time: on a CPU the float32 intermediates stay in its cache, on a GPU in
@@ -143,6 +147,32 @@ def row_pieces(grouped_OGK: Tensor) -> list[slice]:
 def round_ste(x: Tensor) -> Tensor:
     """Rounds to the nearest integer, ties to even; the gradient passes unchanged."""
     return x + (x.round() - x).detach()
+
+
+def offset_by(latent_OGK: Tensor, params: Params) -> Tensor:
+    """Returns latent codes with their rounding offsets; the same tensor where nothing was tuned."""
+    return latent_OGK + params["rounding"] if "rounding" in params else latent_OGK
+
+
+def to_codes(latent_OGK: Tensor, zero_point: Tensor | None, bounds: tuple[int, int]) -> Tensor:
+    """Returns uint8 codes clamp(round(latent) + zero point, *bounds), counted from the first. Overwrites `latent_OGK`.
+
+    Codes go through signed bytes, less half of the range: torch has vector code for these, but turns a float into an
+    unsigned byte one by one, which takes longer than everything else here.
+
+    Args:
+        latent_OGK: float32.
+        zero_point: (O, G, 1) whole numbers, or None for 0.
+        bounds: first and last code, at most 255 apart.
+    """
+    first, span = bounds[0], bounds[1] - bounds[0]
+    half = (span + 1) // 2
+    rounded = latent_OGK.round_()
+    if zero_point is None:
+        rounded.add_(-first - half)
+    elif bool((shift := zero_point - (first + half)).any()):  # symmetric integers need none
+        rounded.add_(shift)
+    return rounded.clamp_(-half, span - half).to(torch.int8).view(torch.uint8).add_(half)
 
 
 def cast_ste(x: Tensor, dtype_name: str) -> Tensor:

@@ -109,6 +109,8 @@ class FloatDataType:
         return _effective(self._stored(weight_OI, scheme, range_, params), range_.get("global_scale"))
 
     def _stored(self, weight_OI: Tensor, scheme: QuantizationScheme, range_: Range, params: Params) -> Tensor:
+        if not params:
+            return self.rule.stored(range_["scale"], scheme)
         factors = clip_factors(params, weight_OI.shape[0], scheme.group_size)
         return self.rule.stored(range_["scale"] * factors, scheme)
 
@@ -179,8 +181,8 @@ def fake_quantize(weight_OI: Tensor, scheme: QuantizationScheme, scale_OG1: Tens
 def levels_of(weight_OI: Tensor, scheme: QuantizationScheme, scale_OG1: Tensor, params: Params) -> Tensor:
     """Returns (O, I) uint8 codes of what `fake_quantize` rounds to."""
     element = element_of(scheme)
-    levels = element.round(_moved(weight_OI, scheme, scale_OG1, params, element))
-    return from_groups(element.encode(levels), weight_OI.shape[1]).contiguous()
+    codes = element.nearest_codes(_moved(weight_OI, scheme, scale_OG1, params, element))
+    return from_groups(codes, weight_OI.shape[1]).contiguous()
 
 
 def rounding_state(weight_OI: Tensor, scheme: QuantizationScheme, scale_OG1: Tensor, params: Params) -> RoundingState:
@@ -237,4 +239,6 @@ def _moved(
     weight_OI: Tensor, scheme: QuantizationScheme, scale_OG1: Tensor, params: Params, element: Element
 ) -> Tensor:
     latent = to_groups(weight_OI.float(), scheme.group_size) / scale_OG1
+    if not params:
+        return latent + 0.0  # as offsets of zero do: -0.0 becomes 0.0
     return latent + params["rounding"] * element.offset_unit(latent.detach())

@@ -98,9 +98,12 @@ class IntDataType(IntegerGridDataType):
         """Returns the levels with scale and zero point as they are stored."""
         bounds, top = (0, 2**scheme.bits - 1), 2**scheme.bits - 1
         if scheme.sym:
-            scale = _away_from_zero(cast_ste(range_["scale"] * params["max_scale"], scheme.scale_dtype), scheme)
+            wanted = range_["scale"] * params["max_scale"] if params else range_["scale"]
+            scale = _away_from_zero(cast_ste(wanted, scheme.scale_dtype), scheme)
             return IntegerGrid(scale, bounds, zero=torch.full_like(scale, 2 ** (scheme.bits - 1)))
-        low, high = range_["low"] * params["min_scale"], range_["high"] * params["max_scale"]
+        low, high = range_["low"], range_["high"]
+        if params:
+            low, high = low * params["min_scale"], high * params["max_scale"]
         scale = cast_ste((high - low) / top, scheme.scale_dtype).clamp(min=MIN_SCALE[scheme.scale_dtype])
         return IntegerGrid(scale, bounds, zero=torch.clamp(round_ste(-low / scale), MIN_ZERO_POINT, top))
 

@@ -12,7 +12,7 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from auto_round.data_types.base import Params, Range, RoundingState, round_ste
+from auto_round.data_types.base import Params, Range, RoundingState, offset_by, round_ste, to_codes
 from auto_round.schemes import QuantizationScheme
 from auto_round.tensors import QuantizedTensor, from_groups, to_groups
 
@@ -37,7 +37,7 @@ class IntegerGrid:
         """Returns (O, G, K) weights in units of the scale, plus V; a scale of zero divides as if it were 1."""
         grouped = to_groups(weight_OI.float(), scheme.group_size)
         above = grouped if self.offset is None else grouped - self.offset
-        return above / torch.where(self.scale == 0, 1.0, self.scale) + params["rounding"]
+        return offset_by(above / torch.where(self.scale == 0, 1.0, self.scale), params)
 
     def codes(self, nearest: Tensor) -> Tensor:
         """Returns codes before they are kept in bounds, from rounded latent weights."""
@@ -87,8 +87,6 @@ class IntegerGridDataType:
     def encode(self, weight_OI: Tensor, scheme: QuantizationScheme, range_: Range, params: Params) -> QuantizedTensor:
         """Returns codes and scales; `encode(...).dequantize()` equals `fake_quantize(...)` bit for bit."""
         grid = self.grid(scheme, range_, params)
-        codes = grid.codes(grid.latent(weight_OI, scheme, params).round()).clamp(*grid.bounds)
-        if grid.bounds[0]:
-            codes = codes - grid.bounds[0]
-        codes_OI = from_groups(codes.to(torch.uint8), weight_OI.shape[1]).contiguous()
+        codes = to_codes(grid.latent(weight_OI, scheme, params), grid.zero, grid.bounds)
+        codes_OI = from_groups(codes, weight_OI.shape[1]).contiguous()
         return QuantizedTensor(codes_OI, grid.scale.squeeze(-1), scheme=scheme, **self.stored(grid, scheme, range_))

@@ -11,6 +11,7 @@ Weights are multiplied by a power of two for each super-block, so that squares o
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -185,18 +186,31 @@ class _Search:
                 for sign in (1, -1)
             ]
             return self._best_point([self._point(self.grid.codes_for(scale, unit), unit) for unit in units])
+        scales = [self._rounded(scale, extreme, shift) for shift in self.shifts]
         lowest = self.grid.extreme(minimum)
-        best: _Point | None = None
-        for shift in self.shifts:
-            minimum_unit = self._stored(lowest / (self.grid.outermost + shift))
-            minimum_codes = self.grid.codes_for(minimum, minimum_unit)
-            for other in self.shifts:
-                unit = self._stored(extreme / (self.grid.outermost + other))
-                codes = self.grid.codes_for(scale, unit)
-                point = self._point(codes, unit, minimum_codes, minimum_unit)
-                best = point if best is None else self._better(best, point)
-        assert best is not None
-        return best
+        minima = [self._rounded(minimum, lowest, shift) for shift in self.shifts]
+        error_at = self._errors_at_levels(levels_for(self.x, scale, minimum, self.grid.bounds))
+        pairs = [(one, other) for one in range(len(scales)) for other in range(len(minima))]
+        errors = [self.grid.total(error_at(scales[i].number, minima[j].number)) for i, j in pairs]
+        chosen = torch.stack(errors).argmin(0)
+        codes, unit = _pick(scales, chosen // len(minima), self.grid)
+        minimum_codes, minimum_unit = _pick(minima, chosen % len(minima), self.grid)
+        return self._point(codes, unit, minimum_codes, minimum_unit)
+
+    def _rounded(self, wanted: Tensor, extreme: Tensor, shift: float) -> _Rounded:
+        unit = self._stored(extreme / (self.grid.outermost + shift))
+        codes = self.grid.codes_for(wanted, unit)
+        return _Rounded(codes, unit, self.grid.expand(unit, self.groups) * codes)
+
+    def _errors_at_levels(self, levels: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
+        """Returns a function from scales and minima (O, G, 1) to their errors at fixed levels, up to a constant.
+
+        It needs sums over groups only, a tenth of the time of rounding anew, and ranks roundings of the scale alike.
+        """
+        pulled, ones = self.weights.pull(levels), self.weights.squares.expand_as(levels)
+        power, cross, mixed = dot(pulled, levels), dot(pulled, self.x), dot(ones, levels)
+        total, sum_x = ones.sum(-1, keepdim=True), dot(ones, self.x)
+        return lambda s, m: s * (s * power - 2 * cross) + m * (m * total + 2 * sum_x - 2 * s * mixed)
 
     def _best_point(self, points: list[_Point]) -> _Point:
         best = points[0]
@@ -266,6 +280,15 @@ class _Search:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
+class _Rounded:
+    """Codes (O, G, 1) in a unit (O, S, 1) as it is stored, and the numbers (O, G, 1) that they are."""
+
+    codes: Tensor
+    unit: Tensor
+    number: Tensor
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
 class _Point:
     """Codes (O, G, 1) and units (O, S, 1), as stored, and the error (O, G, 1) that they leave."""
 
@@ -274,6 +297,13 @@ class _Point:
     minimum_codes: Tensor | None
     minimum_unit: Tensor | None
     error: Tensor
+
+
+def _pick(tried: Sequence[_Rounded], chosen_OS1: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
+    """Returns codes (O, G, 1) and units (O, S, 1) of the roundings with the chosen numbers."""
+    unit = torch.stack([one.unit for one in tried]).gather(0, chosen_OS1[None])[0]
+    codes = torch.stack([one.codes for one in tried])
+    return codes.gather(0, grid.expand(chosen_OS1, codes.shape[2])[None])[0], unit
 
 
 def _choose(wins_OS1: Tensor | None, wins_OG1: Tensor, first: _Point, second: _Point) -> _Point:

@@ -16,17 +16,18 @@ import torch
 from torch import Tensor
 
 from auto_round.checkpoint import WeightSource, copy_side_files, without_quantization
-from auto_round.config import MODEL_DTYPES, RunConfig, parse_size
+from auto_round.config import MODEL_DTYPES, RunConfig
 from auto_round.errors import ConfigError
 from auto_round.extra_tensors import extra_matrices
 from auto_round.formats.base import EXPORTERS, Exporter, FileExporter, FormatTarget, check, targets
 from auto_round.formats.packing import Joints, Packing, in_stored_names
 from auto_round.formats.written import listed
 from auto_round.memory import release_freed
+from auto_round.option_values import parse_size
 from auto_round.plan import Plan
 from auto_round.shards import ShardWriter, clear_weights
 from auto_round.store import RunStore
-from auto_round.tensors import BlockResult, QuantizedTensor
+from auto_round.tensors import BlockResult
 
 logger = logging.getLogger(__name__)
 
@@ -55,37 +56,91 @@ def export(
     if isinstance(exporter, FileExporter):
         exporter.write(folder, plan=plan, source=source, store=store, config=config, tokenizer=tokenizer)
         return
-    clear_weights(folder)
-    asked = MODEL_DTYPES[config.model_dtype] if config.model_dtype else None
-    writer = ShardWriter(folder, parse_size(config.max_shard_size))
+    opened = OpenExport(exporter, folder, plan, source, config)
     owner = _owners(plan)
-    keys = source.keys()
-    packing = Packing.of(exporter, plan)
-    joints = Joints(source, packing)
     by_block: dict[str, list[str]] = {}
-    for key, name in keys.items():
+    for key, name in source.keys().items():
         by_block.setdefault(owner(name), []).append(key)
     for block, block_keys in by_block.items():
         result = store.load(block) if block and store.has(block) else BlockResult({})
         for key in block_keys:
-            dtype = _torch_dtype(packing.copied_dtype(keys[key], asked))
-            written = _exported(packing, key, keys[key], source, result, dtype)
-            for stored_key, tensor in joints.joined(written).items():
-                writer.add(stored_key, tensor)
-        for scale_name, scale in result.cache_scales.items():
-            writer.add(scale_name, scale)
+            opened.write(opened.tensors_of(key, result))
+        opened.write(result.cache_scales)
         release_freed()
-    for stored_key, tensor in _untied_head(packing, source, store, _torch_dtype(asked)).items():
-        writer.add(stored_key, tensor)
-    writer.close()
-    extra = extra_matrices(source)
-    if extra:
-        logger.info("%s: %s, which the model does not know", folder, listed(f"carried over {len(extra)}", extra)[0])
-    _write_configs(exporter, folder, plan, source, config)
-    if source.folder is not None:
-        copy_side_files(source.folder, folder)
-    else:
-        _save_side_files(source.model, tokenizer, folder)
+    for name in opened.unstored():
+        opened.write(opened.tensors_of(name, store.load(HEAD_BLOCK)))
+    opened.close(tokenizer)
+
+
+class OpenExport:
+    """A checkpoint that is being written, one stored tensor of the source after the other.
+
+    Args:
+        folder: made if need be; weights of an earlier export in it are removed.
+    """
+
+    def __init__(self, exporter: Exporter, folder: Path, plan: Plan, source: WeightSource, config: RunConfig) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        clear_weights(folder)
+        self.exporter, self.folder, self.plan, self.source, self.config = exporter, folder, plan, source, config
+        self._asked = MODEL_DTYPES[config.model_dtype] if config.model_dtype else None
+        self._writer = ShardWriter(folder, parse_size(config.max_shard_size))
+        self._keys = source.keys()
+        self._packing = Packing.of(exporter, plan)
+        self._joints = Joints(source, self._packing)
+
+    def tensors_of(self, key: str, result: BlockResult, original: Tensor | None = None) -> dict[str, Tensor]:
+        """Returns what is written in place of a stored tensor. Changes nothing, so that threads may call it at once.
+
+        Args:
+            key: its checkpoint key, or one of `unstored`.
+            result: with its quantized weight, if there is one.
+            original: the tensor itself; None: it is read if need be.
+        """
+        packing, name = self._packing, self._keys.get(key, key)
+        weight = result.weights.get(name or "")
+        if weight is None:
+            dtype = _torch_dtype(packing.copied_dtype(name, self._asked))
+            tensor = result.plain[name] if name in result.plain else original
+            tensor = self.source.read(key) if tensor is None else tensor
+            return {key: tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor}
+        layout, layer = packing.layout(name or ""), key.removesuffix(".weight")
+        if layout is not None:
+            return {f"{layer}.{local}": tensor for local, tensor in layout.pack(weight).items()}
+        dense = weight.dequantize(_torch_dtype(self._asked) or self._dtype_of(key))
+        return {f"{layer}.weight": dense.t().contiguous() if packing.entries[name or ""].layer.transposed else dense}
+
+    def write(self, tensors: Mapping[str, Tensor]) -> None:
+        """Writes tensors of `tensors_of`; slices of a fused tensor that is written as one wait for the others."""
+        for stored_key, tensor in self._joints.joined(tensors).items():
+            self._writer.add(stored_key, tensor)
+
+    def unstored(self) -> list[str]:
+        """Returns the quantized weights that the source does not store: an output layer tied to the embedding."""
+        stored = set(self._keys.values())
+        return [name for name in self.plan.outside() if name not in stored]
+
+    def close(self, tokenizer: Any) -> None:
+        """Finishes the weights; writes configs and side files.
+
+        Args:
+            tokenizer: saved beside the model when the source is no folder; may be None.
+        """
+        self._writer.close()
+        extra = extra_matrices(self.source)
+        if extra:
+            carried = listed(f"carried over {len(extra)}", extra)[0]
+            logger.info("%s: %s, which the model does not know", self.folder, carried)
+        _write_configs(self.exporter, self.folder, self.plan, self.source, self.config)
+        if self.source.folder is not None:
+            copy_side_files(self.source.folder, self.folder)
+        else:
+            _save_side_files(self.source.model, tokenizer, self.folder)
+
+    def _dtype_of(self, key: str) -> torch.dtype:
+        if key in self._keys:
+            return self.source.outline(key).dtype
+        return self.source.tensors(key.removesuffix(".weight"))[key].dtype
 
 
 def checked_targets(names: tuple[str, ...], output_dir: Path, plan: Plan, source: WeightSource) -> list[FormatTarget]:
@@ -134,49 +189,6 @@ def _owners(plan: Plan) -> Any:
         return next((block_of[prefix] for prefix in prefixes if prefix in block_of), "")
 
     return owner
-
-
-def _exported(
-    packing: Packing,
-    key: str,
-    name: str | None,
-    source: WeightSource,
-    result: BlockResult,
-    dtype: torch.dtype | None,
-) -> dict[str, Tensor]:
-    """Returns what is written in place of one stored tensor.
-
-    Args:
-        dtype: of the tensors that are not packed; None: as the source stores them.
-    """
-    weight = result.weights.get(name or "")
-    if weight is None:
-        tensor = result.plain[name] if name in result.plain else source.read(key)
-        return {key: tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor}
-    own_dtype = dtype or source.outline(key).dtype
-    return _packed(packing, key.removesuffix(".weight"), name or "", weight, own_dtype)
-
-
-def _packed(packing: Packing, layer: str, name: str, weight: QuantizedTensor, dtype: torch.dtype) -> dict[str, Tensor]:
-    layout = packing.layout(name)
-    if layout is None:
-        dense = weight.dequantize(dtype)
-        return {f"{layer}.weight": dense.t().contiguous() if packing.entries[name].layer.transposed else dense}
-    return {f"{layer}.{local}": tensor for local, tensor in layout.pack(weight).items()}
-
-
-def _untied_head(
-    packing: Packing, source: WeightSource, store: RunStore, dtype: torch.dtype | None
-) -> dict[str, Tensor]:
-    """Returns the tensors of a quantized output layer that the source does not store because it is tied."""
-    stored = set(source.keys().values())
-    tensors: dict[str, Tensor] = {}
-    for name, entry in packing.plan.outside().items():
-        if name not in stored:
-            weight = store.load(HEAD_BLOCK).weights[name]
-            own_dtype = dtype or source.tensors(entry.layer.name)[name].dtype
-            tensors |= _packed(packing, entry.layer.name, name, weight, own_dtype)
-    return tensors
 
 
 def _write_configs(exporter: Exporter, folder: Path, plan: Plan, source: WeightSource, config: RunConfig) -> None:

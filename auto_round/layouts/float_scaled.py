@@ -16,6 +16,7 @@ from torch import Tensor
 
 from auto_round.elements import E2M1, E4M3, floor_log2, power_of_two
 from auto_round.layouts.base import LAYOUTS, Specs, input_scale_specs, pack_input_scale, unpack_input_peak
+from auto_round.layouts.bit_pack import pack_bits
 from auto_round.schemes import QuantizationScheme
 from auto_round.tensors import QuantizedTensor, group_count
 
@@ -189,7 +190,7 @@ def _scale_shape(scheme: QuantizationScheme, shape: tuple[int, int]) -> tuple[in
 
 def _pack_pairs(codes_OI: Tensor) -> Tensor:
     """Returns (O, I/2) bytes of two 4-bit codes, the even input in the low half."""
-    return codes_OI[:, ::2] | (codes_OI[:, 1::2] << 4)
+    return pack_bits(codes_OI, 4).view(torch.uint8)
 
 
 def _unpack_pairs(bytes_OW: Tensor) -> Tensor:

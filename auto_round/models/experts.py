@@ -21,8 +21,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from auto_round.models.grouped_product import grouped_linear, permuted
+
 GATE_UP, UP, DOWN = "gate_up_proj", "up_proj", "down_proj"
 BIAS = "_bias"
+STACK = "stack_of_"  # name of a parameter of all experts: this and the projection's, with "_bias" for biases
 _EVERY_EXPERT: ContextVar[bool] = ContextVar("every_expert", default=False)
 
 
@@ -113,28 +116,42 @@ class FusedLayout:
 
 def fused_layout(module: nn.Module) -> FusedLayout | None:
     """Returns how a module fuses its experts, or None if it does not, or in a way that is not known."""
-    own = dict(module.named_parameters(recurse=False))
-    first = GATE_UP if GATE_UP in own else UP
-    known = {first, DOWN, first + BIAS, DOWN + BIAS}
-    if not {first, DOWN} <= own.keys() <= known or own[first].ndim != 3 or own[DOWN].ndim != 3:
-        return None
     if getattr(module, "has_post_expert_norm", False):
         return None
+    layout = layout_of_shapes(
+        {name: tuple(tensor.shape) for name, tensor in module.named_parameters(recurse=False)},
+        transposed=getattr(module, "is_transposed", None),
+        interleaved=not getattr(module, "is_concatenated", True),
+    )
+    if layout is None:
+        return None
+    return dataclasses.replace(layout, sorted_input=len(inspect.signature(type(module).forward).parameters) == 2)
+
+
+def layout_of_shapes(
+    shapes: Mapping[str, tuple[int, ...]], *, transposed: bool | None, interleaved: bool
+) -> FusedLayout | None:
+    """Returns how tensors of these names and shapes hold experts, or None if in no way that is known.
+
+    Args:
+        shapes: name below the module -> shape.
+        transposed: None: as the shapes say.
+    """
+    first = GATE_UP if GATE_UP in shapes else UP
+    known = {first, DOWN, first + BIAS, DOWN + BIAS}
+    if not {first, DOWN} <= shapes.keys() <= known or len(shapes[first]) != 3 or len(shapes[DOWN]) != 3:
+        return None
     parts = 2 if first == GATE_UP else 1
-    (count, *wide), (_, *narrow) = own[first].shape, own[DOWN].shape
-    # Where the module does not say it: with a gate, one tensor is wider, which tells; without, (E, O, I) is usual.
+    (count, *wide), (_, *narrow) = shapes[first], shapes[DOWN]
+    # Where nobody says it: with a gate, one tensor is wider, which tells; without, (E, O, I) is usual.
     plain = parts == 1 or wide == [parts * narrow[1], narrow[0]]
-    transposed = getattr(module, "is_transposed", not plain)
+    transposed = not plain if transposed is None else transposed
     width, inner = (wide[0], narrow[0]) if transposed else (wide[1], narrow[1])
     expected = [[width, parts * inner], [inner, width]] if transposed else [[parts * inner, width], [width, inner]]
     if [wide, narrow] != expected:
         return None
     return FusedLayout(
-        count=count,
-        gated=parts == 2,
-        interleaved=not getattr(module, "is_concatenated", True),
-        transposed=transposed,
-        sorted_input=len(inspect.signature(type(module).forward).parameters) == 2,
+        count=count, gated=parts == 2, interleaved=interleaved, transposed=transposed, sorted_input=False
     )
 
 
@@ -157,6 +174,9 @@ class Expert(nn.Module):
 class LinearExperts(nn.ModuleList):
     """The experts of one layer; computes what the fused module that it was made from computes.
 
+    Where a call brings the weights of all experts as one tensor for each projection (`stack_members` names them), it
+    takes a few grouped products. Otherwise experts run one by one.
+
     Args:
         fused: the module to replace. Parameters become views of its own.
         layout: how it holds its experts.
@@ -173,6 +193,23 @@ class LinearExperts(nn.ModuleList):
             for index in range(layout.count)
         )
         self.layout, self.leaves = layout, leaves
+        for stack in self.stack_members():
+            self.register_parameter(stack, None)
+
+    def stack_members(self) -> dict[str, list[str]]:
+        """Returns name of a parameter that stands for those of all experts, (E, ...) -> the names of these."""
+        found = {}
+        for parameter, _ in self[0].named_parameters():
+            leaf, _, kind = parameter.rpartition(".")
+            stack = f"{STACK}{leaf}{BIAS if kind == 'bias' else ''}"
+            found[stack] = [f"{index}.{parameter}" for index in range(len(self))]
+        return found
+
+    @property
+    def is_watched(self) -> bool:
+        """Whether something waits for single experts to run."""
+        below = (module for expert in self for module in expert.modules())
+        return any(module._forward_hooks or module._forward_pre_hooks for module in below)
 
     def forward(  # type: ignore[override]
         self, hidden_TH: Tensor, indices_TK: Tensor | None = None, weights_TK: Tensor | None = None
@@ -183,7 +220,9 @@ class LinearExperts(nn.ModuleList):
             hidden_TH: or (E * T, H), the rows of each expert together, if the original's forward takes that.
         """
         if indices_TK is None or weights_TK is None:
-            return self._forward_sorted(hidden_TH)
+            return self._stacked_sorted(hidden_TH) if self._is_stacked else self._forward_sorted(hidden_TH)
+        if self._is_stacked:
+            return self._stacked_routed(hidden_TH, indices_TK, weights_TK)
         choices = indices_TK.shape[-1]
         # Sorted and gathered instead of added in place: the sums have one order on every device.
         order, counts = self._order(indices_TK)
@@ -191,8 +230,37 @@ class LinearExperts(nn.ModuleList):
         tokens = order // choices
         outputs = self._run(rows, counts, tokens if _EVERY_EXPERT.get() else None)
         unsorted = outputs[torch.argsort(order)]
-        weighted = unsorted * weights_TK.reshape(-1, 1)
-        return weighted.view(-1, choices, weighted.shape[-1]).sum(1).to(hidden_TH.dtype)
+        return _weighted_sum(unsorted, weights_TK).to(hidden_TH.dtype)
+
+    @property
+    def _is_stacked(self) -> bool:
+        return any(tensor is not None for name, tensor in self._parameters.items() if name.startswith(STACK))
+
+    def _stacked_routed(self, hidden_TH: Tensor, indices_TK: Tensor, weights_TK: Tensor) -> Tensor:
+        flat = indices_TK.flatten()
+        order = torch.argsort(flat, stable=True)
+        rows = permuted(hidden_TH.repeat_interleave(indices_TK.shape[-1], dim=0), order)
+        outputs = self._run_stacked(rows, flat[order])
+        return _weighted_sum(permuted(outputs, torch.argsort(order)), weights_TK).to(hidden_TH.dtype)
+
+    def _stacked_sorted(self, rows: Tensor) -> Tensor:
+        """Returns the outputs of rows that lie together for each expert, zeros for those that are not routed."""
+        routed = rows.any(-1).nonzero().flatten()
+        outputs = self._run_stacked(rows[routed], routed // (len(rows) // len(self)))
+        return outputs.new_zeros(len(rows), outputs.shape[-1]).index_put((routed,), outputs)
+
+    def _run_stacked(self, rows: Tensor, experts: Tensor) -> Tensor:
+        """Returns the outputs for rows whose experts, given for each row, ascend."""
+        numbers = torch.arange(len(self), device=experts.device)
+        ends = torch.searchsorted(experts, numbers, right=True).to(torch.int32)
+
+        def project(leaf: str, x: Tensor) -> Tensor:
+            bias = self._parameters.get(f"{STACK}{leaf}{BIAS}")
+            output = grouped_linear(x, self._parameters[STACK + leaf], ends)  # type: ignore[arg-type]
+            return output if bias is None else output + bias[experts]
+
+        first: Any = self[0]
+        return project(first.narrow, first.activate(*(project(leaf, rows) for leaf in first.wide)))
 
     def token_counts(self, hidden_TH: Tensor, indices_TK: Tensor | None = None, *_weights: Tensor) -> Tensor:
         """Returns (E,) int64: how many tokens reach each expert in a call with these arguments."""
@@ -277,6 +345,12 @@ def _copied(model: nn.Module, name: str, copies: dict[str, nn.Module]) -> nn.Mod
             above, _, leaf = name.rpartition(".")
             _copied(model, above, copies)._modules[leaf] = twin
     return copies[name]
+
+
+def _weighted_sum(outputs: Tensor, weights_TK: Tensor) -> Tensor:
+    """Returns (T, H): the outputs of each token's experts, which follow each other, times their weights, added."""
+    weighted = outputs * weights_TK.reshape(-1, 1)
+    return weighted.view(-1, weights_TK.shape[-1], weighted.shape[-1]).sum(1)
 
 
 def _linear(tensors: Mapping[str, Tensor], name: str) -> nn.Linear:

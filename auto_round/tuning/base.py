@@ -33,6 +33,7 @@ class TuningTask:
         batches: samples of each forward pass.
         seed: of everything random in this block, already mixed with its name.
         micro_batch: samples of one forward and backward pass of a step; None for as many as `TuneConfig.batch_size`.
+        importance: weight name -> (I,) mean squares of input channels that were given, in place of measured ones.
     """
 
     block: Block
@@ -45,19 +46,30 @@ class TuningTask:
     batches: Sequence[slice]
     seed: int
     micro_batch: int | None = None
+    importance: Mapping[str, Tensor] = dataclasses.field(default_factory=dict)
 
     def weight(self, name: str) -> Tensor:
-        """Returns the original weight (O, I), in its stored precision, on the compute device."""
+        """Returns the original weight (O, I), in its stored precision, on the compute device.
+
+        Args:
+            name: of a weight, or of a stack of the block: the rows of all experts follow each other then.
+        """
         stored = self.block.tensors[name]
-        return stored.t() if name in self.transposed else stored
+        return stored.t() if name in self.transposed else stored.flatten(0, -2)
 
     def tensor_peaks(self) -> dict[str, Tensor]:
         """Returns `joined_peaks` of the block's weights."""
         return joined_peaks({name: self.weight(name) for name in self.schemes}, self.schemes)
 
     def as_parameter(self, name: str, weight_OI: Tensor) -> Tensor:
-        """Returns a weight in the form and precision that the block's forward takes."""
+        """Returns a weight, or a stack, in the form and precision that the block's forward takes."""
+        if name in self.block.stacks:
+            return weight_OI.unflatten(0, (len(self.block.stacks[name]), -1)).to(self.block.dtype)
         return (weight_OI.t() if name in self.transposed else weight_OI).to(self.block.dtype)
+
+    def rows(self, name: str, parameter: Tensor) -> Tensor:
+        """Returns (O, I): what `as_parameter` was given for a tensor like its result."""
+        return parameter.t() if name in self.transposed else parameter.flatten(0, -2)
 
     def generator(self) -> torch.Generator:
         """Returns a fresh CPU generator for this block."""
@@ -71,14 +83,41 @@ def joined_peaks(weights: Mapping[str, Tensor], schemes: Mapping[str, Quantizati
     """
     if not any(DATA_TYPES[scheme.data_type].has_tensor_scale for scheme in schemes.values()):
         return {}
-    peaks = {name: weight.abs().amax().float() for name, weight in weights.items()}
+    return join_peaks({name: weight.abs().amax().float() for name, weight in weights.items()})
+
+
+def join_peaks(peaks: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Returns weight name -> the largest magnitude of it and those that serving engines join with it, given its own."""
+    found = dict(peaks)
     for members in FUSED_GROUPS:
-        for name in weights:
+        for name in peaks:
             stem, _, leaf = name.removesuffix(".weight").rpartition(".")
-            joined = [f"{stem}.{member}.weight" for member in members if f"{stem}.{member}.weight" in weights]
+            joined = [f"{stem}.{member}.weight" for member in members if f"{stem}.{member}.weight" in peaks]
             if leaf == members[0]:
-                peaks |= dict.fromkeys(joined, torch.stack([peaks[other] for other in joined]).amax())
-    return peaks
+                found |= dict.fromkeys(joined, torch.stack([found[other] for other in joined]).amax())
+    return found
+
+
+def tuned_together(task: TuningTask) -> dict[str, tuple[str, ...]]:
+    """Returns name of a weight, or of a stack -> the weights that it holds, in the order of the block's schemes.
+
+    Parts of a stack are tuned together where all have one scheme, and no scale is shared by rows of a whole weight.
+    """
+    stack_of = {}
+    for stack, parts in task.block.stacks.items():
+        schemes = {task.schemes.get(part) for part in parts}
+        scheme = schemes.pop()
+        if not schemes and scheme is not None and _has_rows_of_its_own(scheme):
+            stack_of |= dict.fromkeys(parts, stack)
+    units: dict[str, tuple[str, ...]] = {}
+    for name in task.schemes:
+        unit = stack_of.get(name, name)
+        units[unit] = task.block.stacks.get(unit, (name,))
+    return units
+
+
+def _has_rows_of_its_own(scheme: QuantizationScheme) -> bool:
+    return isinstance(scheme.group_size, int) and scheme.group_size != 0
 
 
 class Tuner(Protocol):

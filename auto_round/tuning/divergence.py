@@ -86,9 +86,10 @@ class QuantizedModel:
         for index, names in enumerate(stream.groups):
             block, result = stream.load(index), load(names[0])
             hidden = stream.run(block, hidden)
-            kept = {name: tensor for name, tensor in block.tensors.items() if name not in result.weights}
-            kept |= {name: tensor.to(stream.device) for name, tensor in result.plain.items()}
-            lean = with_input_quantizers(dataclasses.replace(block, tensors=kept), quantizers_of(result))
+            lean = block.without({*result.weights, *result.plain})
+            plain = {name: tensor.to(stream.device) for name, tensor in result.plain.items()}
+            lean = dataclasses.replace(lean, tensors={**lean.tensors, **plain})
+            lean = with_input_quantizers(lean, quantizers_of(result))
             weights = {name: weight.to(stream.storage) for name, weight in result.weights.items()}
             self.blocks.append(QuantizedBlock(lean, weights, transposed))
         self.targets = hidden

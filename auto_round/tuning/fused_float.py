@@ -83,7 +83,8 @@ class FusedFloat:
 
         from auto_round.tuning.triton_float_step import float_step_kernel
 
-        tuned, element, width = self.tuned, element_of(self.tuned.scheme), self.weight.shape[1]
+        tuned = self.tuned if gradient is None else self.tuned.reached_by(gradient)
+        element, width = element_of(tuned.scheme), self.weight.shape[1]
         wide = triton.next_power_of_2(self.run)
         rows = PROGRAM_ELEMENTS // wide
         count = self.weight.shape[0] * self.runs
@@ -91,8 +92,8 @@ class FusedFloat:
         options: dict[str, Any] = {"num_warps": 4, "enable_fp_fusion": False}
         float_step_kernel[(math.ceil(count / rows),)](
             self.weight, gradient, tuned.params["rounding"], self.scale, outputs, inputs, decay, by_scale,
-            self.dequantized, count, self.runs, width, self.group, self.groups, unit, rounding_size, tuned.reach,
-            CURVATURE_SHARE, LARGEST=element.largest, FRACTION_BITS=element.fraction_bits,
+            self.dequantized, count, self.runs, width, self.group, self.groups, tuned.part_rows, unit, rounding_size,
+            tuned.reach, CURVATURE_SHARE, LARGEST=element.largest, FRACTION_BITS=element.fraction_bits,
             MIN_EXPONENT=element.min_exponent, MAX_EXPONENT=element.max_exponent,
             COUNTS_SCALES=element.offsets_count_scales, K=self.run, WIDE=wide, ROWS=rows, **options,
         )  # fmt: skip

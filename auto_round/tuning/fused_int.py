@@ -56,13 +56,14 @@ class FusedInt:
 
         from auto_round.tuning.triton_step import step_kernel
 
-        tuned, scheme, curvature = self.tuned, self.tuned.scheme, self.tuned.curvature
+        tuned = self.tuned.reached_by(gradient) if moves else self.tuned
+        scheme, curvature = tuned.scheme, tuned.curvature
         wide = triton.next_power_of_2(self.group)
         rows = max(1, PROGRAM_ELEMENTS // wide)
         clip = tuned.params["max_scale"]
         options: dict[str, Any] = {"num_warps": 4 if wide <= 4096 else 8, "enable_fp_fusion": False}
         outputs, inputs = (self.none, self.none) if curvature is None else (curvature.outputs, curvature.inputs)
-        sizes = (self.count, self.groups, unit, rounding_size, clip_size, tuned.reach, CURVATURE_SHARE)
+        sizes = (self.count, self.groups, tuned.part_rows, unit, rounding_size, clip_size, tuned.reach, CURVATURE_SHARE)
         step_kernel[(math.ceil(self.count / rows),)](
             self.weight, gradient, tuned.params["rounding"], *self.ends, clip, tuned.params.get("min_scale", clip),
             outputs, inputs, decay, self.dequantized, *sizes, MIN_SCALE[scheme.scale_dtype],

@@ -13,8 +13,9 @@ import torch
 from auto_round import distributed
 from auto_round.block import Block
 from auto_round.blocks import BlockStream
-from auto_round.config import RunConfig, parse_size
+from auto_round.config import RunConfig
 from auto_round.errors import ConfigError
+from auto_round.option_values import parse_size
 from auto_round.schemes import QuantizationScheme
 from auto_round.tuning.activations import input_quantizers, with_input_quantizers
 from auto_round.tuning.block_bytes import (

@@ -24,9 +24,7 @@ from torch.func import functional_call
 
 from auto_round import distributed
 from auto_round.config import TuneConfig
-from auto_round.data_types import DATA_TYPES
 from auto_round.memory import release_freed
-from auto_round.schemes import QuantizationScheme
 from auto_round.tensors import ROW_FIELDS, BlockResult, QuantizedTensor
 from auto_round.tuning.base import TuningTask
 from auto_round.tuning.block_error import BlockError
@@ -34,11 +32,9 @@ from auto_round.tuning.capture import compiled_or_eager, repeat_on_device
 from auto_round.tuning.fused_step import FusedWeight, fused_weight
 from auto_round.tuning.rtn import PlainRounding, SearchedRounding
 from auto_round.tuning.sampling import sample_order
-from auto_round.tuning.statistics import channel_importance, output_sensitivity
-from auto_round.tuning.tuned_weight import Curvature, TunedWeight
+from auto_round.tuning.start import starting_weights
+from auto_round.tuning.tuned_weight import TunedWeight
 
-WIDE_REACH_BITS = 3  # up to this width an offset may travel a whole step of the grid, above it half of one
-PROBE_BATCHES = 2
 # Blocks up to this many weights spend their time in kernel launches; larger ones would only pay the graph's memory.
 CAPTURED_WEIGHTS = 50_000_000
 NORM_STEP = 0.1  # norms and biases move by this share of a clip factor's step, relative to their own size
@@ -78,7 +74,7 @@ class _BlockRun:
 
     def __init__(self, task: TuningTask, config: TuneConfig) -> None:
         self.task, self.config = task, config
-        self.weights = _make_weights(task, config)
+        self.weights = starting_weights(task, config)
         self.plain = _plain_parameters(task) if config.enable_norm_bias_tuning else {}
         self.plain_sizes = {name: float(tensor.abs().mean()) for name, tensor in self.plain.items()}
         self.adam = _adam(self.weights, self.plain, config) if config.adam else None
@@ -180,9 +176,9 @@ class _BlockRun:
     def dequantized(self, *, requires_grad: bool = False) -> dict[str, Tensor]:
         """Returns what the block runs with: fake-quantized weights and tuned norms, by full name."""
         replaced = {
-            name: self.fused[name].dequantized
-            if name in self.fused
-            else self.task.as_parameter(name, tuned.dequantized())
+            name: self.task.as_parameter(
+                name, self.fused[name].dequantized if name in self.fused else tuned.dequantized()
+            )
             for name, tuned in self.weights.items()
         }
         replaced.update({name: tensor.to(self.task.block.dtype) for name, tensor in self.plain.items()})
@@ -195,13 +191,13 @@ class _BlockRun:
         for name, tuned in self.weights.items():
             if name not in gradients:
                 continue
-            clip_step = _clip_step(tuned, config)
+            clip_step, gradient = _clip_step(tuned, config), self.task.rows(name, gradients[name])
             if name in self.fused:
                 rounding_step = config.rounding_step * 2 * tuned.reach
-                self.fused[name].move(gradients[name], self.decay, rounding_step, clip_step, unit)
+                self.fused[name].move(gradient, self.decay, rounding_step, clip_step, unit)
                 continue
-            gradient = gradients[name].t() if name in self.task.transposed else gradients[name]
-            for rows, part in tuned.pieces() if self.adam is None else [(slice(None), tuned)]:
+            reached = tuned.reached_by(gradient)
+            for rows, part in reached.pieces() if self.adam is None else [(slice(None), reached)]:
                 found = part.gradients(gradient[rows])
                 for parameter, tensor in part.params.items():
                     size = config.rounding_step * 2 * tuned.reach if parameter == "rounding" else clip_step
@@ -228,37 +224,22 @@ class _BlockRun:
         return self.error.mean(torch.arange(min(self.task.inputs.shape[0], 2 * self.config.batch_size)), replaced)
 
     def encoded(self) -> dict[str, QuantizedTensor]:
-        """Returns the kept quantized weights by name: those of the best step, or of the last one."""
-        return self.best or {name: tuned.encoded() for name, tuned in self.weights.items()}
+        """Returns the kept quantized weights, each by its own name: those of the best step, or of the last one."""
+        stacks, found = self.task.block.stacks, {}
+        for name, tuned in self.weights.items():
+            parts = tuned.encoded_parts(self.best.get(name))
+            found.update(zip(stacks.get(name, (name,)), parts, strict=True))
+        return {name: found[name] for name in self.task.schemes}
 
     def kept(self) -> dict[str, Tensor]:
         """Returns what the block runs with in the end: dequantized weights and tuned norms, by full name."""
         replaced = {name: self.task.as_parameter(name, w.dequantize()) for name, w in self.encoded().items()}
-        return replaced | {name: tensor.to(self.task.block.dtype) for name, tensor in self.best_plain.items()}
+        plain = {name: tensor.to(self.task.block.dtype) for name, tensor in self.best_plain.items()}
+        return self.task.block.stacked(replaced | plain)
 
     def plain_values(self) -> dict[str, Tensor]:
         """Returns tuned norms and biases in the block's stored precision."""
         return {name: tensor.to(self.task.block.tensors[name].dtype) for name, tensor in self.best_plain.items()}
-
-
-def _make_weights(task: TuningTask, config: TuneConfig) -> dict[str, TunedWeight]:
-    names = list(task.schemes)
-    importance = channel_importance(task.block, task.inputs, task.batches, names, mask_NT=task.mask)
-    sensitivity: Mapping[str, Tensor] = {}
-    if config.uses_curvature:
-        probes = [piece for piece in task.batches if piece.start < PROBE_BATCHES * config.batch_size]
-        sensitivity = output_sensitivity(task.block, task.inputs, probes, names, task.generator(), mask_NT=task.mask)
-    weights, peaks = {}, task.tensor_peaks()
-    for name, scheme in task.schemes.items():
-        data_type, weight = DATA_TYPES[scheme.data_type], task.weight(name)
-        range_ = data_type.search_range(weight, scheme, importance.get(name), peaks.get(name))
-        curvature = None
-        if name in sensitivity and name in importance:
-            # Loss = mean over tokens and D outputs, so its Gauss-Newton diagonal is 2/D E[x_j^2] c_i.
-            curvature = Curvature(sensitivity[name] * (2.0 / task.inputs.shape[-1]), importance[name])
-        params = data_type.trainable(weight, scheme)
-        weights[name] = TunedWeight(weight, scheme, data_type, range_, params, curvature, _reach(scheme, config))
-    return weights
 
 
 def _fused_weights(task: TuningTask, weights: Mapping[str, TunedWeight]) -> dict[str, FusedWeight]:
@@ -275,11 +256,6 @@ def _clip_step(tuned: TunedWeight, config: TuneConfig) -> float:
     wanted = config.enable_minmax_tuning
     moves = tuned.data_type.name == "int" if wanted is None else wanted
     return config.clip_step if moves else 0.0
-
-
-def _reach(scheme: QuantizationScheme, config: TuneConfig) -> float:
-    """Returns how far a rounding offset may travel, in steps of the grid."""
-    return 1.0 if config.uses_curvature and scheme.bits <= WIDE_REACH_BITS else 0.5
 
 
 def _keep_where(condition: Tensor, now: QuantizedTensor, kept: QuantizedTensor, rows: slice) -> None:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from auto_round.block import Block
+from auto_round.channels import ChannelSums
 from auto_round.models.experts import LinearExperts, every_expert_sees_all_tokens
 from auto_round.schemes import QuantizationScheme
 
@@ -77,7 +78,23 @@ def channel_importance(
         mask_NT: bool, False for padding, which then does not count. A layer that sees a choice of the tokens (a routed
             expert) counts them all: which of them are padding is not known there.
     """
-    return _mean_moments(block, inputs_NTH, batches, {name: _sum_of_squares for name in weights}, mask_NT)
+    sums = channel_sums(block, inputs_NTH, batches, weights, mask_NT=mask_NT)
+    return {name: one.squares / one.tokens for name, one in sums.items()}
+
+
+@torch.no_grad()
+def channel_sums(
+    block: Block,
+    inputs_NTH: Tensor,
+    batches: Sequence[slice],
+    weights: Sequence[str],
+    *,
+    mask_NT: Tensor | None = None,
+) -> dict[str, ChannelSums]:
+    """Returns the sums of squares behind `channel_importance`, and over how many tokens they go."""
+    moments = {name: _sum_of_squares for name in weights}
+    sums, counts = _sums_of_moments(block, inputs_NTH, batches, moments, mask_NT)
+    return {name: ChannelSums(total, counts[name]) for name, total in sums.items()}
 
 
 @torch.no_grad()
@@ -100,7 +117,8 @@ def group_products(
         moments[name] = _sum_of_squares
         if 0 < size <= LARGEST_PRODUCTS:
             moments[name] = functools.partial(_sum_of_products, size=size)
-    return _mean_moments(block, inputs_NTH, batches, moments, mask_NT)
+    sums, counts = _sums_of_moments(block, inputs_NTH, batches, moments, mask_NT)
+    return {name: total / counts[name] for name, total in sums.items()}
 
 
 def _sum_of_squares(rows_RI: Tensor) -> Tensor:
@@ -114,14 +132,14 @@ def _sum_of_products(rows_RI: Tensor, size: int) -> Tensor:
     return groups_GRK.transpose(1, 2) @ groups_GRK
 
 
-def _mean_moments(
+def _sums_of_moments(
     block: Block,
     inputs_NTH: Tensor,
     batches: Sequence[slice],
     moments: Mapping[str, Callable[[Tensor], Tensor]],
     mask_NT: Tensor | None,
-) -> dict[str, Tensor]:
-    """Returns sums over tokens of what `moments` makes of a layer's input rows, divided by the tokens."""
+) -> tuple[dict[str, Tensor], dict[str, int]]:
+    """Returns sums over tokens of what `moments` makes of a layer's input rows, and the tokens."""
     sums: dict[str, Tensor] = {}
     counts: dict[str, int] = {}
 
@@ -131,7 +149,7 @@ def _mean_moments(
         counts[name] = counts.get(name, 0) + rows_RI.shape[0]
 
     _see_inputs(block, inputs_NTH, batches, list(moments), mask_NT, keep)
-    return {name: total / counts[name] for name, total in sums.items()}
+    return sums, counts
 
 
 def _see_inputs(

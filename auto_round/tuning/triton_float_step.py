@@ -44,7 +44,7 @@ def to_element(
 @triton.jit
 def float_step_kernel(
     weight, gradient, rounding, scale, outputs, inputs, decay, by_scale, dequantized,
-    count, runs, width, group, groups, unit, rounding_size, reach, share,
+    count, runs, width, group, groups, part_rows, unit, rounding_size, reach, share,
     LARGEST: tl.constexpr, FRACTION_BITS: tl.constexpr, MIN_EXPONENT: tl.constexpr, MAX_EXPONENT: tl.constexpr,
     COUNTS_SCALES: tl.constexpr, K: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
@@ -55,7 +55,7 @@ def float_step_kernel(
         gradient: (O, I), of the dequantized weights; None: offsets stay.
         rounding: (O, G, group), in units of the scale where COUNTS_SCALES, else of the distance between numbers.
         scale: (O, G) float32, what numbers of the element are multiplied by.
-        outputs, inputs: (O,), (I,) float32, the curvature's factors, or None.
+        outputs, inputs: (O,), (P, I) float32, the curvature's factors, or None. P parts have part_rows each.
         by_scale: (N,) float32, where the gradients of scales go, of each run by itself, or None.
         count, runs: of the weight and of a row; the last run of a row may be shorter. width: I.
         unit: what gradients are multiplied with. decay: () float32, what the step size is multiplied with.
@@ -85,7 +85,8 @@ def float_step_kernel(
         is_free = tl.abs(latent) <= LARGEST
         by_rounding = g * s * offset_unit
         if outputs is not None:
-            pulled = pull(outputs, inputs, row, column, s * offset_unit, share, is_run, inside)
+            of_part = (row // part_rows * width)[:, None] + column
+            pulled = pull(outputs, inputs, row, of_part, s * offset_unit, share, is_run, inside)
             by_rounding += pulled * ((latent - level) * power_of_two(-exponent))
         by_rounding = tl.where(is_free, by_rounding, 0.0)
         v = moved(v, by_rounding, tl.load(decay) * rounding_size, -reach, reach)

@@ -4,7 +4,7 @@ One program takes some groups of a weight. It reads the gradient of the dequanti
 of the group's parameters as autograd takes them from `IntDataType.fake_quantize`, moves the parameters by their signs,
 and writes the dequantized weights of the next step. Nothing between is stored.
 
-Letters: N groups of the whole weight, K weights of a group, O out features, G groups of a row.
+Letters: N groups of the whole weight, K weights of a group, O out features, G groups of a row, P parts.
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ def _moved_ends(
 @triton.jit
 def step_kernel(
     weight, gradient, rounding, first, second, max_scale, min_scale, outputs, inputs, decay, dequantized,
-    count, groups, unit, rounding_size, clip_size, reach, share, least,
+    count, groups, part_rows, unit, rounding_size, clip_size, reach, share, least,
     BITS: tl.constexpr, SYM: tl.constexpr, MOVES: tl.constexpr, CURVED: tl.constexpr, SCALE: tl.constexpr,
     LOW: tl.constexpr, HIGH: tl.constexpr, K: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
@@ -114,7 +114,7 @@ def step_kernel(
         weight, gradient, rounding, dequantized: (N, K). gradient is not read unless MOVES.
         first, second: the range, (N,) float32: scales, twice, or low and high ends.
         max_scale, min_scale: (N,) float32; min_scale is not read where SYM.
-        outputs, inputs: (O,), (I,) float32, the curvature's factors, read where CURVED.
+        outputs, inputs: (O,), (P, I) float32, the curvature's factors, read where CURVED. P parts have part_rows each.
         unit: what gradients are multiplied with. decay: () float32, what both step sizes are multiplied with.
         share: of the curvature that is believed. least: smallest magnitude of a scale. WIDE: K or the next power of 2.
     """
@@ -135,8 +135,9 @@ def step_kernel(
         g = tl.load(gradient + place, mask=inside, other=0.0).to(tl.float32) * unit
         ratio = tl.math.div_rn(w, scale[:, None])
         if CURVED:
-            column = (n % groups)[:, None] * K + k[None, :]
-            pulled = pull(outputs, inputs, n // groups, column, scale[:, None], share, is_group, inside)
+            row = n // groups
+            column = (row // part_rows * groups + n % groups)[:, None] * K + k[None, :]
+            pulled = pull(outputs, inputs, row, column, scale[:, None], share, is_group, inside)
         else:
             pulled = tl.zeros_like(ratio)
         by_rounding, level, is_free = _rounding_gradient(g, ratio, v, scale, zero, pulled, TOP)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from auto_round.data_types import DATA_TYPES
-from auto_round.data_types.base import cast_ste, round_ste
+from auto_round.data_types.base import UNTOUCHED, cast_ste, round_ste, to_codes
 from auto_round.schemes import QuantizationScheme, to_scheme
 
 # A new data type is tested here by its entry.
@@ -182,3 +182,27 @@ def test_a_cast_of_too_large_a_number_stays_finite(name):
     largest = torch.finfo(getattr(torch, name)).max
     x = torch.tensor([3e38, -3e38, 1e6, -1e6])
     assert torch.equal(cast_ste(x, name), x.clamp(-largest, largest).to(getattr(torch, name)).float())
+
+
+@pytest.mark.parametrize("scheme", CASES)
+def test_untouched_parameters_are_the_fresh_ones(scheme):
+    data_type, weight = DATA_TYPES[scheme.data_type], random_weight()
+    weight[0, :3] = torch.tensor([0.0, -0.0, -1e-9])
+    range_ = data_type.minmax_range(weight, scheme)
+    fresh = data_type.encode(weight, scheme, range_, data_type.trainable(weight, scheme))
+    bare = data_type.encode(weight, scheme, range_, UNTOUCHED)
+    assert torch.equal(bare.codes, fresh.codes)
+    assert torch.equal(bare.scale, fresh.scale)
+    assert (bare.zero_point is None) == (fresh.zero_point is None)
+    assert bare.zero_point is None or torch.equal(bare.zero_point, fresh.zero_point)
+
+
+@pytest.mark.parametrize("bounds", [(0, 2**bits - 1) for bits in range(2, 9)] + [(-4, 3), (-32, 31)], ids=str)
+@pytest.mark.parametrize("zero", [None, 1, 0, 8, 200])
+def test_codes_are_rounded_moved_by_the_zero_point_and_clamped(bounds, zero):
+    latent = torch.tensor([0.5, 1.5, -0.5, -0.51, 2.0**30, -(2.0**30), 3e38, -3e38, -0.0, 127.5, -128.5])
+    # Python rounds ties to even too, and its integers do not overflow.
+    first, last = bounds
+    expected = [min(max(round(value) + (zero or 0), first), last) - first for value in latent.tolist()]
+    given = None if zero is None else torch.tensor([float(zero)])
+    assert to_codes(latent, given, bounds).tolist() == expected

@@ -2,11 +2,12 @@ from pathlib import Path
 
 import pytest
 
-from auto_round.config import SchemeConfig, parse_formats
+from auto_round.config import SchemeConfig
 from auto_round.errors import ConfigError, UnsupportedError
 from auto_round.formats import EXPORTERS, check, targets
 from auto_round.formats.base import copied_dtype, differing_fields, folder_name, head_entry, holders, refusals
 from auto_round.models import discover
+from auto_round.option_values import parse_formats
 from auto_round.plan import resolve
 from auto_round.schemes import QuantizationScheme
 

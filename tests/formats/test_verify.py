@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from auto_round import AutoRound, cli, pipeline
+from auto_round import AutoRound, blockwise, cli, pipeline
 from auto_round.config import RunConfig
 from auto_round.errors import UnsupportedError, VerificationError
 from auto_round.formats import EXPORTERS, export, finite_logits, verify
@@ -387,7 +387,7 @@ def test_a_run_that_wrote_something_else_fails_and_can_be_resumed(make_model, tm
     assert cli.main(words) == 2
     assert f"VerificationError: {tmp_path / 'out'} does not pass its check" in capsys.readouterr().err
     monkeypatch.setattr(pipeline, "export", export)
-    monkeypatch.setattr(pipeline, "round_plain", lambda *_: pytest.fail("quantized again"))
+    monkeypatch.setattr(blockwise, "round_plain", lambda *_: pytest.fail("quantized again"))
     assert cli.main([*words, "--resume"]) == 0
     assert {file.name for file in (tmp_path / "out").iterdir()} >= {"config.json", "model.safetensors"}
     assert not (tmp_path / "out" / pipeline.WORK_FOLDER).exists()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
+from torch.func import functional_call
 from transformers.activations import ACT2FN
 
 from auto_round.models.experts import (
@@ -151,3 +152,45 @@ def test_tokens_are_counted_where_the_rows_of_experts_lie_together(make_model, t
     block(token_ids(2))
     assert found[0].tolist() == chosen[0].tolist()
     assert found[0].sum() == 32
+
+
+@pytest.mark.parametrize("kind", LAYOUTS)
+def test_stacked_weights_give_what_single_ones_give_and_their_gradients(make_model, token_ids, kind):
+    """One tensor for each projection of all experts; sums may have another order."""
+    model, ids = unfused(make_model(kind)), token_ids(2)
+    single = dict(model.named_parameters())
+    stacks = {
+        f"{name}.{stack}": [f"{name}.{member}" for member in members]
+        for name, module in model.named_modules()
+        if isinstance(module, LinearExperts)
+        for stack, members in module.stack_members().items()
+    }
+    layers = sum(isinstance(module, LinearExperts) for module in model.modules())
+    assert len(stacks) == layers * (6 if kind == "gpt_oss" else 3)
+    joined = {stack: torch.stack([single[m].detach() for m in members]) for stack, members in stacks.items()}
+    for tensor in [*single.values(), *joined.values()]:
+        tensor.requires_grad_()
+    wanted, found = model(ids).logits, functional_call(model, joined, (ids,)).logits
+    torch.testing.assert_close(found, wanted)
+    wanted.square().sum().backward()
+    found.square().sum().backward()
+    for stack, members in stacks.items():
+        zeros = torch.zeros_like(single[members[0]])  # of an expert that no token went to
+        expected = torch.stack([zeros if single[m].grad is None else single[m].grad for m in members])
+        torch.testing.assert_close(joined[stack].grad, expected, rtol=1e-4, atol=1e-4 * expected.abs().max())
+
+
+def test_hooks_on_single_experts_are_noticed(make_model):
+    experts = unfused(make_model("qwen3_moe")).model.layers[0].mlp.experts
+    assert not experts.is_watched
+    experts.register_forward_pre_hook(lambda *_: None)
+    assert not experts.is_watched
+    handle = experts[3].up_proj.register_forward_hook(lambda *_: None)
+    assert experts.is_watched
+    handle.remove()
+    assert not experts.is_watched
+
+
+def test_stacks_are_no_part_of_a_state(make_model):
+    names = unfused(make_model("mixtral")).state_dict().keys()
+    assert not [name for name in names if "stack_of" in name]

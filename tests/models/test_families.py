@@ -1,16 +1,18 @@
 """Every mixture-of-experts family from a tiny random model: quantized, written, reloaded, names as engines know them.
 
-A family joins by a line in MOE of tests/conftest.py and one in NAMES here.
+A family joins by a line in MOE of tests/conftest.py and one in NAMES of tests/expert_names.py.
 """
 
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from expert_names import AWQ, GPTQ, NAMES, PACKED
 from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoRoundConfig
@@ -18,33 +20,8 @@ from transformers import AutoModelForCausalLM, AutoRoundConfig
 from auto_round import AutoRound
 from auto_round.errors import UnsupportedError
 
-QWEN = ("model.layers.1.mlp.experts.3.", ("gate_proj", "up_proj", "down_proj"), "model.layers.1.mlp.gate")
-# Family -> where an expert lies, names of its projections, the router, as vLLM 0.32 maps them. Source, in its
-# model_executor/models/FAMILY.py: ckpt_names of FusedMoEFactory (gate_proj, down_proj, up_proj by default), or
-# expert_params_mapping in load_weights, and the prefix of the router. It knows gpt_oss in fused form only.
-NAMES = {
-    "qwen3_moe": QWEN,
-    "qwen2_moe": QWEN,
-    "deepseek_v2": QWEN,
-    "deepseek_v3": QWEN,
-    "olmoe": QWEN,
-    "glm4_moe": QWEN,
-    "mixtral": (
-        "model.layers.1.block_sparse_moe.experts.3.",
-        ("w1", "w3", "w2"),
-        "model.layers.1.block_sparse_moe.gate",
-    ),
-    "granitemoe": (
-        "model.layers.1.block_sparse_moe.experts.3.",
-        QWEN[1],
-        "model.layers.1.block_sparse_moe.router.layer",
-    ),
-    "gpt_oss": (QWEN[0], QWEN[1], "model.layers.1.mlp.router"),
-    "llama4": ("model.layers.1.feed_forward.experts.3.", QWEN[1], "model.layers.1.feed_forward.router"),
-}
 # Families whose experts Transformers does not convert from one by one.
 STORED_FUSED = ("granitemoe", "gpt_oss", "llama4")
-SHARED_EXPERTS = {"qwen2_moe": "shared_expert", "deepseek_v2": "shared_experts", "llama4": "shared_expert"}
 ROUNDING = {"iters": 0}
 ONE_STEP = {"iters": 1}
 CASES = {
@@ -78,6 +55,11 @@ def keys_of(folder: Path) -> set[str]:
         return set(handle.keys())
 
 
+def layers_with_experts(kind: str) -> int:
+    """Returns how many of a tiny model's two layers have experts."""
+    return 1 if kind in ("deepseek_v2", "deepseek_v3", "glm4_moe") else 2
+
+
 def quantization_config(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "config.json").read_text())["quantization_config"]
 
@@ -93,7 +75,7 @@ def test_a_quantized_family_loads_and_computes_what_its_dequantized_weights_do(
     experts = [name for name in quantizer.plan.quantized() if ".experts." in name]
     layers = len({name.split(".experts.")[0] for name in experts})
     assert len(experts) == 4 * 3 * layers
-    assert layers == (1 if kind in ("deepseek_v2", "deepseek_v3", "glm4_moe") else 2)
+    assert layers == layers_with_experts(kind)
     options = {"quantization_config": AutoRoundConfig(backend="torch")}
     ours, dense = logits_of(folders["auto_round"], token_ids(2), **options), logits_of(folders["fake"], token_ids(2))
     # The plain checkpoint rounds what the codes stand for to bfloat16; its router then may choose other experts.
@@ -144,14 +126,22 @@ def test_experts_and_routers_have_the_names_that_engines_map(kind, make_model, q
     compressed = "auto_round:llm_compressor" if kind in STORED_FUSED else "llm_compressor"
     formats = f"auto_round,auto_gptq,auto_awq,{compressed}"
     _, folders = quantize(str(tmp_path / "model"), formats, bits=4, disable_opt_rtn=True, **ROUNDING)
-    stem, leaves, router = NAMES[kind]
-    for name, part in {"auto_round": "qweight", "auto_awq": "qweight", compressed: "weight_packed"}.items():
+    names, router = NAMES[kind], NAMES[kind].router_name
+    written = {
+        "auto_round": ("qweight", GPTQ),
+        "auto_gptq": ("qweight", GPTQ),
+        "auto_awq": ("qweight", AWQ),
+        compressed: ("weight_packed", PACKED),
+    }
+    for name, (part, parts) in written.items():
         keys = keys_of(folders[name])
-        assert {f"{stem}{leaf}.{part}" for leaf in leaves} <= keys
+        assert {f"{names.stem}{leaf}.{part}" for leaf in names.leaves} <= keys
         assert f"{router}.weight" in keys
-        assert not [key for key in keys if "experts.gate_up_proj" in key or "input_linear" in key]
-        if kind in SHARED_EXPERTS:
-            assert [key for key in keys if f".{SHARED_EXPERTS[kind]}.up_proj.{part}" in key]
+        assert len([k for k in keys if ".experts." in k and k.endswith(f".{part}")]) == 12 * layers_with_experts(kind)
+        inside = [key for key in keys if re.match(r"model\.layers\.\d+\.(?!self_attn|.*norm)", key)]
+        assert [key for key in inside if not names.accepts(key, parts)] == []
+        if names.shared:
+            assert [key for key in keys if f".{names.shared}.up_proj.{part}" in key]
     assert quantization_config(folders["auto_round"])["extra_config"][router] == {"bits": 16}
     assert router in quantization_config(folders["auto_awq"])["modules_to_not_convert"]
     lists = {

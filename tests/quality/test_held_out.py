@@ -67,7 +67,7 @@ def test_a_text_that_cannot_be_read_is_an_error_before_tuning(finish, tmp_path, 
     def tuned(*_args):
         raise AssertionError("tuned before the text was looked at")
 
-    monkeypatch.setattr("auto_round.pipeline._pass_block", tuned)
+    monkeypatch.setattr("auto_round.blockwise._pass_block", tuned)
     with pytest.raises(ConfigError, match=r"none\.txt"):
         finish(report_text=str(tmp_path / "none.txt"), tokenizer=words())
     short = tmp_path / "short.txt"

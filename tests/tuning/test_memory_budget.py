@@ -170,10 +170,10 @@ def test_a_run_within_a_budget_gives_the_weights_of_one_without(make_model, toke
 
 
 def test_a_block_that_runs_out_of_memory_begins_anew_with_less(make_model, token_ids, monkeypatch, caplog):
-    from auto_round import pipeline
+    from auto_round import blockwise
 
     expected = quantized(make_model(), token_ids)
-    tune, seen = pipeline.tune, []
+    tune, seen = blockwise.tune, []
 
     def short_of_memory(task, config):
         seen.append((task.block.name, task.micro_batch))
@@ -181,7 +181,7 @@ def test_a_block_that_runs_out_of_memory_begins_anew_with_less(make_model, token
             raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
         return tune(task, config)
 
-    monkeypatch.setattr(pipeline, "tune", short_of_memory)
+    monkeypatch.setattr(blockwise, "tune", short_of_memory)
     monkeypatch.setattr(MemoryBudget, "choose", lambda self, *_block: self.choices[self._least])
     found = quantized(make_model(), token_ids)
     assert seen == [("model.layers.0", 4), ("model.layers.0", 2), ("model.layers.1", 2)]

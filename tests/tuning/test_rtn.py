@@ -1,9 +1,13 @@
+import dataclasses
+
 import pytest
 import torch
 
 from auto_round.config import TuneConfig
-from auto_round.schemes import QuantizationScheme
-from auto_round.tuning import PlainRounding, SearchedRounding, SignRound, round_plain, round_searched, tuner_for
+from auto_round.data_types import DATA_TYPES
+from auto_round.schemes import QuantizationScheme, to_scheme
+from auto_round.tensors import TENSOR_FIELDS
+from auto_round.tuning import PlainRounding, SearchedRounding, SignRound, round_plain, round_searched, rtn, tuner_for
 
 SCHEMES = {
     "w2": QuantizationScheme(bits=2, group_size=32),
@@ -127,3 +131,30 @@ def test_layers_that_calibration_never_reached_are_named(make_task):
 )
 def test_the_tuner_follows_the_options(options, tuner):
     assert type(tuner_for(TuneConfig(**options))) is tuner
+
+
+@pytest.mark.parametrize(
+    "scheme",
+    [
+        *SCHEMES.values(),
+        QuantizationScheme(bits=4, group_size=0),
+        QuantizationScheme.from_dict({"data_type": "fp", "group_size": (5, 32)}),
+        QuantizationScheme.from_dict({"data_type": "fp", "group_size": 0}),
+        *map(to_scheme, ("MXFP4", "MXFP8", "NVFP4", "gguf:q4_k", "gguf:q4_1")),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_rounding_some_rows_at_a_time_changes_nothing(monkeypatch, scheme, dtype):
+    weight = weight_of(23, 256).to(dtype)
+    data_type = DATA_TYPES[scheme.data_type]
+    range_ = data_type.minmax_range(weight, scheme)
+    whole = data_type.encode(weight, scheme, range_, data_type.trainable(weight, scheme))
+    monkeypatch.setitem(rtn.ELEMENTS_AT_A_TIME, "cpu", 3 * 256)
+    found = round_plain(weight, scheme)
+    assert found.scheme == scheme
+    for field in dataclasses.fields(whole):
+        if field.name in TENSOR_FIELDS:
+            one, other = getattr(found, field.name), getattr(whole, field.name)
+            assert (one is None) == (other is None)
+            assert one is None or torch.equal(one, other)

@@ -57,7 +57,7 @@ CASES = {
 MODERATE, EXTREME = (1e-18, 1e18), (1e-39, 1e36)
 
 
-def make_weight(scheme, dtype, shape, *, is_extreme=False, curved=False):
+def make_weight(scheme, dtype, shape, *, is_extreme=False, curved=False, parts=1):
     rng = torch.Generator().manual_seed(scheme.bits)
     weight = torch.randn(shape, generator=rng)
     weight[1] = 0  # scales at their smallest
@@ -72,8 +72,10 @@ def make_weight(scheme, dtype, shape, *, is_extreme=False, curved=False):
     in_rows = params["rounding"].flatten(1)[:, : shape[1]]  # padding has no offsets
     in_rows.copy_(torch.rand(in_rows.shape, generator=rng) - 0.5)
     params["max_scale"].uniform_(0.5, 1.1, generator=rng)  # small scales: much saturates
-    curvature = Curvature(torch.rand(shape[0], generator=rng), torch.rand(shape[1], generator=rng)) if curved else None
-    return TunedWeight(weight, scheme, data_type, data_type.minmax_range(weight, scheme), params, curvature, 0.5)
+    inputs = (shape[1],) if parts == 1 else (parts, shape[1])
+    curvature = Curvature(torch.rand(shape[0], generator=rng), torch.rand(inputs, generator=rng)) if curved else None
+    range_ = data_type.minmax_range(weight, scheme)
+    return TunedWeight(weight, scheme, data_type, range_, params, curvature, 0.5, parts)
 
 
 def step_with_autograd(tuned, gradient, decay, rounding_size, clip_size):
@@ -109,6 +111,18 @@ if IS_INTERPRETED:
         assert torch.equal(rounded, kind.round(x))
         # To the bit what `fake_quantize` has, where no zero is negative.
         assert torch.equal(rounded.view(torch.int32), (kind.round(x) + 0.0).view(torch.int32))
+
+    def test_parts_of_a_weight_have_each_its_own_curvature_and_stay_without_a_gradient():
+        shape = (12, 75)
+        mine, other = (make_weight(PRESET_SCHEMES["MXFP4"], torch.float32, shape, curved=True, parts=3) for _ in "12")
+        before = mine.params["rounding"].clone()
+        gradient = torch.randn(shape, generator=torch.Generator().manual_seed(1)) * 1e-2
+        gradient[4:8] = 0
+        FusedFloat(mine, torch.float32).move(gradient, torch.tensor(1.0), 0.13, 0.0)
+        step_with_autograd(other.reached_by(gradient), gradient, 1.0, 0.13, 0.0)
+        assert torch.equal(mine.params["rounding"], other.params["rounding"])
+        same = (mine.params["rounding"] == before).unflatten(0, (3, -1)).flatten(1).all(1)
+        assert same.tolist() == [False, True, False]
 
     @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
     @pytest.mark.parametrize(
@@ -165,7 +179,7 @@ if IS_INTERPRETED:
 else:
 
     def test_the_kernel_is_right_in_the_interpreter(run_interpreted):
-        assert run_interpreted(__file__) == len(KINDS) + 4 * len(CASES) + 8
+        assert run_interpreted(__file__) == len(KINDS) + 4 * len(CASES) + 9
 
     @pytest.mark.parametrize("is_curved", [False, True], ids=["plain", "curved"])
     @pytest.mark.parametrize(
@@ -190,7 +204,7 @@ else:
             float_step_kernel,
             dict.fromkeys(("weight", "gradient", "dequantized"), "*bf16")
             | dict.fromkeys(("rounding", "scale", "outputs", "inputs", "decay", "by_scale"), "*fp32")
-            | dict.fromkeys(("count", "runs", "width", "group", "groups"), "i32")
+            | dict.fromkeys(("count", "runs", "width", "group", "groups", "part_rows"), "i32")
             | dict.fromkeys(("unit", "rounding_size", "reach", "share"), "fp32"),
             {"LARGEST": kind.largest, "FRACTION_BITS": kind.fraction_bits, "MIN_EXPONENT": kind.min_exponent}
             | {"MAX_EXPONENT": kind.max_exponent, "COUNTS_SCALES": kind.offsets_count_scales}

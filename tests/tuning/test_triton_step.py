@@ -31,7 +31,7 @@ CASES = [
 ]
 
 
-def make_weight(bits, group_size, sym, scale_dtype, dtype, shape, curved):
+def make_weight(bits, group_size, sym, scale_dtype, dtype, shape, curved, parts=1):
     scheme = QuantizationScheme(bits=bits, group_size=group_size, sym=sym, scale_dtype=scale_dtype)
     rng = torch.Generator().manual_seed(bits)
     weight = torch.randn(shape, generator=rng).to(dtype)
@@ -42,9 +42,10 @@ def make_weight(bits, group_size, sym, scale_dtype, dtype, shape, curved):
     params["rounding"].uniform_(-0.4, 0.4, generator=rng)
     for name in params.keys() - {"rounding"}:
         params[name].uniform_(0.6, 1.4, generator=rng)
-    curvature = Curvature(torch.rand(shape[0], generator=rng), torch.rand(shape[1], generator=rng)) if curved else None
+    inputs = (shape[1],) if parts == 1 else (parts, shape[1])
+    curvature = Curvature(torch.rand(shape[0], generator=rng), torch.rand(inputs, generator=rng)) if curved else None
     range_ = data_type.minmax_range(weight, scheme)
-    return TunedWeight(weight, scheme, data_type, range_, params, curvature, 0.5)
+    return TunedWeight(weight, scheme, data_type, range_, params, curvature, 0.5, parts)
 
 
 def step_with_autograd(tuned, gradient, decay, rounding_size, clip_size):
@@ -75,6 +76,18 @@ if IS_INTERPRETED:
             # What is stored in the end is what the block ran with.
             assert torch.equal(fused.dequantized, mine.encoded().dequantize())
 
+    def test_parts_of_a_weight_have_each_its_own_curvature_and_stay_without_a_gradient():
+        mine, other = (make_weight(*CASES[2][:-1], (6, 192), curved=True, parts=3) for _ in range(2))
+        before = mine.params["rounding"].clone()
+        gradient = torch.randn(6, 192, generator=torch.Generator().manual_seed(1)) * 1e-2
+        gradient[2:4] = 0
+        FusedInt(mine, torch.float32).move(gradient, torch.tensor(1.0), 0.13, 0.05)
+        step_with_autograd(other.reached_by(gradient), gradient, 1.0, 0.13, 0.05)
+        for name, tensor in mine.params.items():
+            torch.testing.assert_close(tensor, other.params[name], rtol=0, atol=1e-6, msg=name)
+        same = (mine.params["rounding"] == before).flatten(1).all(1)
+        assert same.tolist() == [False, False, True, True, False, False]
+
     def test_parameters_without_a_gradient_stay():
         tuned = make_weight(*CASES[0], False)
         before = {name: tensor.clone() for name, tensor in tuned.params.items()}
@@ -84,7 +97,7 @@ if IS_INTERPRETED:
 else:
 
     def test_the_kernel_is_right_in_the_interpreter(run_interpreted):
-        assert run_interpreted(__file__) == 2 * len(CASES) + 1
+        assert run_interpreted(__file__) == 2 * len(CASES) + 2
 
     @pytest.mark.parametrize("is_curved", [False, True], ids=["plain", "curved"])
     @pytest.mark.parametrize("sym", [True, False], ids=["sym", "asym"])
@@ -94,7 +107,7 @@ else:
             step_kernel,
             dict.fromkeys(("weight", "gradient", "dequantized"), "*bf16")
             | dict.fromkeys(floats, "*fp32")
-            | dict.fromkeys(("count", "groups"), "i32")
+            | dict.fromkeys(("count", "groups", "part_rows"), "i32")
             | dict.fromkeys(("unit", "rounding_size", "clip_size", "reach", "share", "least"), "fp32"),
             {"BITS": 4, "SYM": sym, "MOVES": True, "CURVED": is_curved, "SCALE": tl.float16}
             | {"LOW": 0.5, "HIGH": 1.5, "K": 128, "WIDE": 128, "ROWS": 16},

@@ -19,6 +19,7 @@ from auto_round.errors import UnsupportedError, require
 from auto_round.formats.gguf.families import GGUF_FAMILIES, GgufFamily, Place
 from auto_round.formats.gguf.families.base import Config, Names
 from auto_round.formats.gguf.mixes import FLOAT_TYPES, ModelSize, is_kept, tensor_type
+from auto_round.formats.gguf.vision import vision_family
 from auto_round.layouts.gguf_blocks import block_type_of
 from auto_round.models.base import ModelStructure
 from auto_round.plan import Plan
@@ -158,11 +159,12 @@ def contents_of(source: WeightSource, structure: ModelStructure) -> Contents:
     """
     family, config = family_for(source)
     names, ignored, twins = _names(family, config), source.ignored(), _twins(source, structure)
+    vision = _vision_keys(source)
     parts: dict[str, list[Part]] = {}
     dropped, unknown = {}, []
     for key, parameter in source.keys().items():
-        if key in ignored or key in twins:
-            dropped[key] = "no part of the model" if key in ignored else "tied"
+        if key in ignored or key in twins or key in vision:
+            dropped[key] = "no part of the model" if key in ignored else "tied" if key in twins else "vision tower"
             continue
         # Experts have the checkpoint's names in the table where Transformers' differ.
         names_of_it = [_within_text_model(name) for name in (parameter, key) if name]
@@ -230,6 +232,12 @@ def _position(tensor: FileTensor) -> tuple[int, int]:
 def _within_text_model(key: str) -> str:
     """Returns a key without what vision-language models put before their text model."""
     return re.sub(r"^(model\.)?language_model\.(model\.)?", "model.", key)
+
+
+def _vision_keys(source: WeightSource) -> set[str]:
+    """Returns keys of a vision tower that goes into a file of its own."""
+    tower = vision_family(source.model.config)
+    return set() if tower is None else {key for key in source.keys() if tower.key_of(key) is not None}
 
 
 def _twins(source: WeightSource, structure: ModelStructure) -> set[str]:

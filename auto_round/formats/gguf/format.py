@@ -13,6 +13,7 @@ from auto_round.formats.base import EXPORTERS, Container, refusals
 from auto_round.formats.capability import NO_CACHE_SCALES, Capability, SchemeSet
 from auto_round.formats.gguf.check import check_gguf
 from auto_round.formats.gguf.mixes import MIXES
+from auto_round.formats.gguf.mmproj import check_mmproj, write_mmproj
 from auto_round.formats.gguf.prescribe import prescribe
 from auto_round.formats.gguf.writer import write_gguf
 from auto_round.layouts import LAYOUTS, Layout
@@ -103,14 +104,16 @@ class GgufFormat:
     def write(
         self, folder: Path, *, plan: Plan, source: WeightSource, store: RunStore, config: RunConfig, tokenizer: Any
     ) -> None:
-        """Writes the file."""
+        """Writes the file, and that of the vision tower beside it where there is one."""
         write_gguf(folder, self.mix, plan=plan, source=source, store=store, config=config, tokenizer=tokenizer)
+        write_mmproj(folder, self.mix, source)
 
     def check_written(
         self, folder: Path, *, plan: Plan, source: WeightSource, store: RunStore, config: RunConfig
     ) -> tuple[list[str], str]:
         """Reopens the file and compares it with what was quantized."""
-        return check_gguf(folder, self.mix, plan=plan, source=source, store=store, config=config)
+        problems, line = check_gguf(folder, self.mix, plan=plan, source=source, store=store, config=config)
+        return problems + check_mmproj(folder, self.mix, source), line
 
 
 def _mixed_experts(plan: Plan) -> list[str]:

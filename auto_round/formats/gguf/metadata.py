@@ -61,3 +61,17 @@ def file_stem(contents: Contents, mix: str, name: str) -> str:
     """Returns the name of the file without its ending, as users of llama.cpp expect it: Model-494M-Q4_K_M."""
     kind = {"fp16": "F16"}.get(mix, mix.upper())
     return f"{name}-{size_label(contents)}-{kind}"
+
+
+def add_value(writer: Any, key: str, value: Value) -> None:
+    """Adds a key with the type that llama.cpp expects for such a value."""
+    if isinstance(value, bool):
+        writer.add_bool(key, value)
+    elif isinstance(value, int):
+        writer.add_uint32(key, value)
+    elif isinstance(value, float):
+        writer.add_float32(key, value)
+    elif isinstance(value, str):
+        writer.add_string(key, value)
+    else:
+        writer.add_array(key, value)

@@ -12,6 +12,7 @@ from auto_round.config import RunConfig, SchemeConfig
 from auto_round.errors import ConfigError
 from auto_round.formats.gguf.contents import EMBEDDING, REARRANGED, Contents, FileTensor, contents_of
 from auto_round.formats.gguf.mixes import FLOAT_TYPES, MIXES, fitting_type, tensor_type
+from auto_round.formats.gguf.mmproj import refuse_unknown_tower
 from auto_round.formats.gguf.vocabulary import saved_tokenizer, vocabulary_of
 from auto_round.layouts.gguf_blocks import block_type_of
 from auto_round.models.base import LinearInfo, ModelStructure
@@ -39,6 +40,7 @@ def prescribe(
         raise ConfigError("\n".join(problems))
     contents = contents_of(source, structure)
     read_vocabulary(source, tokenizer, contents)
+    refuse_unknown_tower(source)
     whole = [tensor for tensor in contents.tensors if tensor.parameters or tensor.is_kept]
     by_parameter = {part.parameter: tensor for tensor in whole for part in tensor.parts if part.parameter}
     embedding = [_as_layer(tensor) for tensor in contents.tensors if tensor.name == EMBEDDING]
@@ -126,5 +128,7 @@ def _contradictions(mix: str, config: SchemeConfig) -> Iterator[str]:
         value, own = getattr(config, field.name), getattr(base, field.name)
         if value is not None and value != own:
             yield f"{field.name}={value} contradicts --format {name} ({field.name}={own}). Leave it out"
+    if config.quant_nontext_module:
+        yield f"quant_nontext_module: {name} keeps vision towers in 16 bits, in a file of their own. Leave it out"
     if config.static_kv_dtype is not None:
         yield f"static_kv_dtype={config.static_kv_dtype}: {name} has no scales of a cache. Leave it out"

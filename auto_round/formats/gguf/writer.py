@@ -16,17 +16,18 @@ import torch
 from torch import Tensor
 
 from auto_round.checkpoint import WeightSource
-from auto_round.config import MODEL_DTYPES, RunConfig, parse_size
+from auto_round.config import MODEL_DTYPES, RunConfig
 from auto_round.data_types import DATA_TYPES
 from auto_round.formats.export import HEAD_BLOCK
 from auto_round.formats.gguf.contents import Contents, FileTensor, Part, contents_of, gguf_package, types_of
-from auto_round.formats.gguf.families.base import Value
-from auto_round.formats.gguf.metadata import file_stem, metadata_of, model_name
+from auto_round.formats.gguf.importance import importance_of_tensors
+from auto_round.formats.gguf.metadata import add_value, file_stem, metadata_of, model_name
 from auto_round.formats.gguf.mixes import FLOAT_TYPES, block_size
 from auto_round.formats.gguf.prescribe import read_vocabulary, scheme_of
 from auto_round.layouts import LAYOUTS
 from auto_round.layouts.gguf_blocks import float_bytes
 from auto_round.memory import release_freed
+from auto_round.option_values import parse_size
 from auto_round.plan import Plan
 from auto_round.store import RunStore
 from auto_round.tensors import QuantizedTensor
@@ -54,7 +55,7 @@ def write_gguf(
     writer = gguf.GGUFWriter(path, contents.family.arch, split_max_size=shard_bytes(config))
     vocabulary = read_vocabulary(source, tokenizer, contents)
     for key, value in metadata_of(contents, mix, name, vocabulary).items():
-        _add_value(writer, key, value)
+        add_value(writer, key, value)
     for tensor in contents.tensors:
         kind = types[tensor.name]
         number = gguf.GGMLQuantizationType[kind]
@@ -62,9 +63,10 @@ def write_gguf(
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
-    blocks = StoredWeights(plan, store)
+    blocks, importance = StoredWeights(plan, store), importance_of_tensors(config.calib.imatrix)
     for tensor in contents.tensors:
-        writer.write_tensor_data(tensor_bytes(tensor, types[tensor.name], source, blocks).numpy())
+        data = tensor_bytes(tensor, types[tensor.name], source, blocks, importance(tensor))
+        writer.write_tensor_data(data.numpy())
         release_freed()
     writer.close()
     return sorted(folder.glob(f"{path.stem}*.gguf"))
@@ -125,15 +127,25 @@ class StoredWeights:
         return self._loaded
 
 
-def tensor_bytes(tensor: FileTensor, kind: str, source: WeightSource, stored: StoredWeights) -> Tensor:
-    """Returns the bytes of one tensor of the file, flat uint8."""
+def tensor_bytes(
+    tensor: FileTensor,
+    kind: str,
+    source: WeightSource,
+    stored: StoredWeights,
+    importance_RI: Tensor | None = None,
+) -> Tensor:
+    """Returns the bytes of one tensor of the file, flat uint8.
+
+    Args:
+        importance_RI: mean squares of the input channels, one row or one for each slice of the tensor.
+    """
     if tensor.constant is not None:
         return float_bytes(tensor.constant, kind).reshape(-1)
     pieces = []
     for part in tensor.parts:
         weight = stored.weight(part.parameter)
         if weight is None:
-            pieces.append(_encoded(stored.original(part, source), kind))
+            pieces.append(_encoded(stored.original(part, source), kind, importance_RI))
             continue
         packed = LAYOUTS[f"gguf_{kind.lower()}"].pack(weight)["blocks"]
         order = part.place.order
@@ -141,34 +153,26 @@ def tensor_bytes(tensor: FileTensor, kind: str, source: WeightSource, stored: St
     return torch.cat(pieces)
 
 
-def _encoded(values: Tensor, kind: str) -> Tensor:
+def _encoded(values: Tensor, kind: str, importance_RI: Tensor | None) -> Tensor:
     """Returns the bytes of values, rounded to nearest, for block types with scales searched for the least error."""
     if kind in FLOAT_TYPES:
         return float_bytes(values, kind).reshape(-1)
-    rows = values.reshape(-1, values.shape[-1])
+    if importance_RI is not None and values.ndim == 3 and len(importance_RI) == len(values):
+        return torch.cat([_rounded(one, kind, row) for one, row in zip(values, importance_RI, strict=True)])
+    one_row = importance_RI is not None and len(importance_RI) == 1
+    return _rounded(values.reshape(-1, values.shape[-1]), kind, importance_RI[0] if one_row else None)
+
+
+def _rounded(rows: Tensor, kind: str, importance_I: Tensor | None) -> Tensor:
     layout, scheme = LAYOUTS[f"gguf_{kind.lower()}"], scheme_of(kind)
     data_type = DATA_TYPES[scheme.data_type]
     packed = []
     for piece in rows.split(ROWS_AT_A_TIME):
         weight_OI = piece.float()
-        range_ = data_type.search_range(weight_OI, scheme, None)
+        range_ = data_type.search_range(weight_OI, scheme, importance_I)
         weight = data_type.encode(weight_OI, scheme, range_, data_type.trainable(weight_OI, scheme))
         packed.append(layout.pack(weight)["blocks"].reshape(-1))
     return torch.cat(packed)
-
-
-def _add_value(writer: Any, key: str, value: Value) -> None:
-    """Adds a key with the type that llama.cpp expects for such a value."""
-    if isinstance(value, bool):
-        writer.add_bool(key, value)
-    elif isinstance(value, int):
-        writer.add_uint32(key, value)
-    elif isinstance(value, float):
-        writer.add_float32(key, value)
-    elif isinstance(value, str):
-        writer.add_string(key, value)
-    else:
-        writer.add_array(key, value)
 
 
 def contents_and_types(

@@ -1,8 +1,11 @@
 """What a mixture and a layer_config make of each weight, and which options contradict it."""
 
+from pathlib import Path
+
 import pytest
 
 from auto_round.errors import ConfigError, UnsupportedError
+from auto_round.recipes import recipe_options
 
 from .conftest import planned, schemes
 
@@ -76,3 +79,13 @@ def test_plain_mixtures_give_plain_blocks_for_a_number_of_bits(save_model):
 def test_layer_configs_that_cannot_be_are_refused(save_model, family, config, text):
     with pytest.raises((ConfigError, UnsupportedError), match=text):
         planned(save_model(family), layer_config=config)
+
+
+@pytest.mark.parametrize(("recipe", "family"), [("qwen3-moe", "qwen3-moe"), ("deepseek-r1", "deepseek-v3")])
+def test_the_mixed_recipes_of_the_repository_keep_what_is_no_expert_wider(recipe, family, save_model):
+    file = Path(__file__).resolve().parents[3] / "recipes" / f"{recipe}-q2ks-mixed.json"
+    options = recipe_options(file)
+    found = schemes(planned(save_model(family), options.pop("format"), **options))
+    assert found["model.layers.2.self_attn.o_proj"].startswith("int_dq4")
+    assert found["lm_head"] == found["model.embed_tokens"] == "int8 g32 sym"
+    assert found["model.layers.2.mlp.experts.0.up_proj"].startswith("int_dq2")

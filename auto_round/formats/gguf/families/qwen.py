@@ -12,7 +12,14 @@ from auto_round.formats.gguf.families.base import (
     common_metadata,
     expert_metadata,
     place_by_name,
+    rope_of,
 )
+
+
+def sections_metadata(config: Config) -> dict[str, Value]:
+    """Returns the common keys, and how rotary frequencies are shared by time, height and width."""
+    sections = list(rope_of(config)["mrope_section"])
+    return common_metadata(config) | {"rope.dimension_sections": [*sections, *[0] * (4 - len(sections))]}
 
 
 def moe_metadata(config: Config) -> dict[str, Value]:
@@ -59,6 +66,9 @@ def qwen3_moe_objection(config: Config) -> str | None:
 
 
 GGUF_FAMILIES.register("qwen2")(GgufFamily(title="Qwen2, Qwen2.5", arch="qwen2", objection=sliding_window))
+GGUF_FAMILIES.register("qwen2_vl_text", "qwen2_5_vl_text")(
+    GgufFamily(title="Qwen2-VL, Qwen2.5-VL", arch="qwen2vl", metadata=sections_metadata, objection=sliding_window)
+)
 GGUF_FAMILIES.register("qwen3")(GgufFamily(title="Qwen3", arch="qwen3", objection=sliding_window))
 GGUF_FAMILIES.register("qwen2_moe")(
     GgufFamily(
