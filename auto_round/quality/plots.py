@@ -17,7 +17,7 @@ WIDTH, HEIGHT, LOW_HEIGHT = 680, 250, 170
 LEFT, RIGHT, TOP, BOTTOM = 58, 14, 12, 36
 MOST_MARKS = 16  # labels below an axis
 MOST_TICKS = 7
-READABLE_SHADE = 0.62  # of a cell on which letters have the page's colour
+READABLE_SHADE = 0.78  # of a cell on which letters have the page's colour
 ROOM_FOR_NUMBER = 36.0  # width of a cell that shows its value
 NARROW = 3.0  # columns get no gap below this width
 

@@ -71,7 +71,7 @@ def tuning(record: Record) -> str:
     curves = "".join(_curve(block) for block in blocks if block["loss_curve"])
     told = (
         f'<h3>Loss over the steps</h3><p class="note">One curve a block, each on a scale of its own from zero; every '
-        f'point is a mean over {_steps(blocks)}.</p><ul class="curves">{curves}</ul>'
+        f'point is {_steps(blocks)}.</p><ul class="curves">{curves}</ul>'
     )
     return (
         "<h2>Tuning</h2>\n<p>Mean squared error of each block's output on the same calibration samples, with the "
@@ -134,7 +134,9 @@ def _curve(block: Mapping[str, Any]) -> str:
 
 def _steps(blocks: Sequence[Mapping[str, Any]]) -> str:
     found = {block["steps_per_point"] for block in blocks if block["steps_per_point"]}
-    return f"{min(found)} step{'' if found == {1} else 's'}" if len(found) == 1 else "a few steps"
+    if found == {1}:
+        return "one step"
+    return f"the mean of {min(found)} steps" if len(found) == 1 else "the mean of a few steps"
 
 
 def _styles(record: Record) -> dict[str, str]:
