@@ -14,6 +14,7 @@ from auto_round.errors import ConfigError, nearest
 from auto_round.option_values import parse_size
 from auto_round.schemes import QuantizationScheme, to_scheme
 
+MIXED_INPUT_BITS = 3  # docs/accuracy.md: wider weights gain nothing from it
 FP8_CACHE = ("fp8", "float8_e4m3fn")
 
 
@@ -134,6 +135,11 @@ class TuneConfig:
     enable_quanted_input: bool = option(
         True, "tune a block on the outputs of the quantized blocks before it", off="--disable_quanted_input"
     )
+    enable_mixed_input: bool | None = option(
+        None,
+        "steps see half of a block's input tokens as the original model gives them (default: at up to 3 bits)",
+        off="--disable_mixed_input",
+    )
     enable_minmax_tuning: bool | None = option(
         None, "tune clip ranges (default: of integers, where it helps)", off="--disable_minmax_tuning"
     )
@@ -171,6 +177,8 @@ class TuneConfig:
             for name in ("lr", "minmax_lr")
             if getattr(self, name) is not None and getattr(self, name) <= 0
         ]
+        if self.enable_mixed_input and not self.enable_quanted_input:
+            problems.append("enable_mixed_input mixes both chains, and disable_quanted_input leaves only one")
         for name, allowed in (("lr_scheduler", ("linear", "cosine", "constant")), ("sampler", ("rand", "epoch"))):
             if getattr(self, name) not in allowed:
                 problems.append(f"{name}={getattr(self, name)!r} (allowed: {', '.join(allowed)})")
@@ -186,6 +194,11 @@ class TuneConfig:
     def clip_step(self) -> float:
         """First step of the clip factors."""
         return self.minmax_lr if self.minmax_lr is not None else self.rounding_step
+
+    def mixes_inputs(self, least_bits: int) -> bool:
+        """Whether steps see tokens of both chains, where the narrowest weight has so many bits."""
+        wanted = least_bits <= MIXED_INPUT_BITS if self.enable_mixed_input is None else self.enable_mixed_input
+        return wanted and self.enable_quanted_input
 
     @property
     def uses_curvature(self) -> bool:

@@ -18,7 +18,8 @@ DEMO = Path(__file__).resolve().parents[1] / "examples" / "demo_model"
 FLAGS = {
     "--act_bits", "--act_data_type", "--act_dtype", "--act_dynamic", "--act_group_size", "--act_sym", "--adam", "--amp",
     "--asym", "--batch_size", "--bits", "--bs", "--data_type", "--dataset", "--device", "--device_map", "--devices",
-    "--calibrate_all_experts", "--disable_act_dynamic", "--disable_alg_ext", "--disable_amp",
+    "--calibrate_all_experts", "--disable_act_dynamic", "--disable_alg_ext",
+    "--disable_mixed_input", "--enable_mixed_input", "--disable_amp",
     "--disable_minmax_tuning", "--disable_opt_rtn",
     "--disable_quanted_input", "--dry_run", "--dtype", "--dynamic_max_gap", "--enable_alg_ext",
     "--enable_minmax_tuning", "--enable_norm_bias_tuning", "--enable_quanted_input", "--enable_torch_compile",

@@ -39,7 +39,8 @@ def tune(task: TuningTask, config: TuneConfig) -> BlockResult:
     peaks = calibrated_peaks(task)
     block = with_input_quantizers(task.block, input_quantizers(task.schemes, peaks))
     # Cross-attention that text leaves out has nothing to be tuned on.
-    tuner = tuner_for(config if task.block.runs else dataclasses.replace(config, iters=0))
+    least_bits = min((scheme.bits for scheme in task.schemes.values()), default=16)
+    tuner = tuner_for(config if task.block.runs else dataclasses.replace(config, iters=0), least_bits)
     result = with_peaks(tuner(dataclasses.replace(task, block=block), config), peaks)
     tokens = expert_tokens(task.block, task.inputs, task.batches)
     return dataclasses.replace(result, expert_tokens=tokens, note="; ".join(filter(None, [result.note, idle(tokens)])))
@@ -56,8 +57,8 @@ def idle(tokens: Mapping[str, Sequence[int]]) -> str:
     )
 
 
-def tuner_for(config: TuneConfig) -> Tuner:
-    """Returns the tuner that a configuration asks for."""
+def tuner_for(config: TuneConfig, least_bits: int = 16) -> Tuner:
+    """Returns the tuner that a configuration asks for, where the narrowest weight has so many bits."""
     if config.iters > 0:
-        return SignRound()
+        return SignRound(mixes_inputs=config.mixes_inputs(least_bits))
     return PlainRounding() if config.disable_opt_rtn else SearchedRounding()

@@ -18,6 +18,7 @@ from torch.func import functional_call
 from auto_round import distributed
 from auto_round.tuning.base import TuningTask
 from auto_round.tuning.feed import Feed, feed_of
+from auto_round.tuning.input_mix import InputMix
 from auto_round.tuning.squared_error import squared_error
 
 
@@ -28,12 +29,21 @@ class BlockError:
         task: the block, what it sees and what it should give.
         micro_batch: samples of one forward and backward pass.
         call: as in `Block.forward`, for passes with gradients.
+        mixes: steps see some tokens as the original model gives them, where the two differ.
     """
 
-    def __init__(self, task: TuningTask, micro_batch: int, call: Callable[..., Any] = functional_call) -> None:
+    def __init__(
+        self, task: TuningTask, micro_batch: int, call: Callable[..., Any] = functional_call, *, mixes: bool = False
+    ) -> None:
         assert task.targets is not None
         self.task, self.micro_batch, self.call = task, micro_batch, call
-        self.activations = (task.inputs, task.targets)
+        self.activations: tuple[Tensor, ...] = (task.inputs, task.targets)
+        self.mix: InputMix | None = None
+        self.step = torch.zeros((), dtype=torch.int64, device=task.block.device)
+        if mixes and task.original_inputs is not None and task.original_inputs is not task.inputs:
+            self.activations += (task.original_inputs,)
+            samples, tokens = task.inputs.shape[:2]
+            self.mix = InputMix(samples, tokens, task.generator(), task.block.device)
         self.feed = Feed(self.activations, task.block.device)
 
     @contextlib.contextmanager
@@ -70,11 +80,18 @@ class BlockError:
         return 2.0**-6 if self.task.block.dtype == torch.float16 else 1 / elements
 
     def squared(
-        self, samples: Tensor, replaced: Mapping[str, Tensor], call: Callable[..., Any] = functional_call
+        self,
+        samples: Tensor,
+        replaced: Mapping[str, Tensor],
+        call: Callable[..., Any] = functional_call,
+        *,
+        mixed: bool = False,
     ) -> Tensor:
-        """Returns () float32, the sum of squared errors over a micro-batch."""
+        """Returns () float32, the sum of squared errors over a micro-batch; `mixed` as step number `step` sees it."""
         task = self.task
-        inputs, targets = self.feed.take(samples)
+        inputs, targets, *original = self.feed.take(samples)
+        if mixed and self.mix is not None:
+            inputs = self.mix(inputs, original[0], samples, self.step)
         output = task.block.forward(inputs, samples, replaced, call=call)
         weight = None if task.mask is None else task.mask[samples].to(task.block.device)[..., None]
         return squared_error(output, targets, weight)
@@ -96,7 +113,7 @@ class BlockError:
         elements = self.elements(samples)
         factor = self.factor(elements)
         for batch in self.batches(samples):
-            error = self.squared(batch, replaced, self.call)
+            error = self.squared(batch, replaced, self.call, mixed=True)
             found = torch.autograd.grad(error * factor, [replaced[name] for name in names], allow_unused=True)
             for name, gradient in zip(names, found, strict=True):
                 if gradient is not None:
@@ -132,7 +149,7 @@ class BlockError:
         sums = GradientSums(replaced, lambda name, gradient: complete(name, gradient, unit))
         total = torch.zeros((), device=self.task.block.device)
         for number, batch in enumerate(batches, start=1):
-            error = self.squared(batch, replaced, self.call)
+            error = self.squared(batch, replaced, self.call, mixed=True)
             total += error.detach() / elements
             if number == len(batches):
                 note(total)

@@ -44,12 +44,15 @@ class SignRound:
     """The tuner behind `iters > 0`."""
 
     needs_targets = True
-    needs_original_inputs = False
+
+    def __init__(self, *, mixes_inputs: bool = False) -> None:
+        """Steps see half of a block's input tokens as the original model gives them, if inputs are mixed."""
+        self.needs_original_inputs = mixes_inputs
 
     def __call__(self, task: TuningTask, config: TuneConfig) -> BlockResult:
         """Returns the tuned weights of a block; rounding to nearest, with a note, if a loss is not finite."""
         assert task.targets is not None
-        run = _BlockRun(task, config)
+        run = _BlockRun(task, config, mixes_inputs=self.needs_original_inputs)
         release_freed()  # what the search for scales has left behind is as much as a step takes
         first_loss = run.fixed_loss(run.dequantized())
         best_step = run.descend()
@@ -72,18 +75,18 @@ class _BlockRun:
     """State of tuning one block. Everything a step reads or writes is a tensor on the compute device, so that a step
     needs no host synchronisation and can be captured as a CUDA graph."""
 
-    def __init__(self, task: TuningTask, config: TuneConfig) -> None:
+    def __init__(self, task: TuningTask, config: TuneConfig, *, mixes_inputs: bool = False) -> None:
         self.task, self.config = task, config
         self.weights = starting_weights(task, config)
         self.plain = _plain_parameters(task) if config.enable_norm_bias_tuning else {}
         self.plain_sizes = {name: float(tensor.abs().mean()) for name, tensor in self.plain.items()}
         self.adam = _adam(self.weights, self.plain, config) if config.adam else None
         call = compiled_or_eager(functional_call) if self._is_compiled() else functional_call
-        self.error = BlockError(task, task.micro_batch or config.batch_size, call)
+        self.error = BlockError(task, task.micro_batch or config.batch_size, call, mixes=mixes_inputs)
         self.fused = _fused_weights(task, self.weights) if self.adam is None else {}
         device = task.block.device
         self.decay = torch.ones((), device=device)
-        self.step_number = torch.zeros((), dtype=torch.int64, device=device)
+        self.step_number = self.error.step
         self.steps_taken = 0
         self.steps = torch.arange(config.iters, device=device)
         self.losses = torch.zeros(config.iters, device=device)
