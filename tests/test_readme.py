@@ -59,6 +59,7 @@ def test_command_of_the_docs_is_accepted(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "layers.json").write_text('{"down_proj": 8}', encoding="utf-8")
+    (tmp_path / "recipes").symlink_to(ROOT / "recipes")
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # so that the command does not set it for later tests
     monkeypatch.setattr(cli, "_run", lambda *_args, **_options: 0)
     monkeypatch.setattr(cli, "_evaluate", lambda *_args, **_options: None)

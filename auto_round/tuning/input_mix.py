@@ -1,4 +1,4 @@
-"""What a block sees while it is tuned: half of the tokens as the original model gives them, half as quantized blocks do.
+"""What a block sees while it is tuned: half of the tokens as the original model gives them, half as quantized blocks.
 
 A block that only ever sees the few calibration samples with the errors of the blocks before it learns these errors by
 heart. Source: the random dropping of QDrop, arXiv 2203.05740, by tokens; docs/accuracy.md has the figures.
