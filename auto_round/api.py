@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from auto_round import pipeline, quality
+from auto_round import blockwise, pipeline, quality
 from auto_round.auto_scheme import AutoScheme
 from auto_round.block import Block, InputQuantizer
 from auto_round.calls import BlockCalls
@@ -286,7 +286,7 @@ def tune_block(
     schemes, transposed = _block_schemes(block, root, to_scheme(scheme), layer_schemes or {})
     task = TuningTask(
         block=view, schemes=schemes, transposed=transposed, inputs=inputs, original_inputs=inputs, targets=targets,
-        mask=None, batches=batches, seed=pipeline.block_seed(config.seed, root),
+        mask=None, batches=batches, seed=blockwise.block_seed(config.seed, root),
     )  # fmt: skip
     result = tune(task, config)
     strip = len(root) + 1

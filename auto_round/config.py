@@ -321,6 +321,8 @@ class RunConfig:
                 f"model_free rounds without tuning, but iters={self.tune.iters} and "
                 f"e2e_steps={self.end_to_end.e2e_steps} were asked for. Leave these out, or leave out model_free"
             )
+        if self.model_free and self.report_text is not None:
+            raise ConfigError("model_free has no model to measure text with. Leave out report_text or model_free")
         if self.model_free and self.mixed.options:
             raise ConfigError("model_free measures nothing to choose options by. Leave out options or model_free")
         own = ("scheme", "bits", "data_type", "quant_lm_head", "quant_nontext_module")

@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 import auto_round
-from auto_round import AutoRound, AutoRoundAdam, AutoRoundMLLM, QuantizationScheme, pipeline, tune_block
+from auto_round import AutoRound, AutoRoundAdam, AutoRoundMLLM, QuantizationScheme, blockwise, pipeline, tune_block
 from auto_round.calibration import CalibrationSet
 from auto_round.config import PARTS, RunConfig
 from auto_round.errors import ConfigError, UnsupportedError
@@ -205,7 +205,7 @@ def test_writing_over_the_original_model_is_refused_before_any_work(make_model, 
 def test_a_named_work_folder_is_kept_and_resumed(make_model, ids, tmp_path, monkeypatch):
     options = {**FAST, "dataset": ids, "work_dir": str(tmp_path / "work")}
     AutoRound(make_model(), **options).quantize_and_save(tmp_path / "a")
-    monkeypatch.setattr(pipeline, "tuner_for", lambda *_: pytest.fail("tuned again"))
+    monkeypatch.setattr(blockwise, "tuner_for", lambda *_: pytest.fail("tuned again"))
     AutoRound(make_model(), resume=True, **options).quantize_and_save(tmp_path / "b")
     assert (tmp_path / "a" / "model.safetensors").read_bytes() == (tmp_path / "b" / "model.safetensors").read_bytes()
 
@@ -316,9 +316,9 @@ def test_tune_block_gives_what_the_pipeline_gives(make_model, ids, tmp_path):
 
 
 def test_tuned_steps_of_tune_block_equal_the_pipelines(make_model, ids, tmp_path, monkeypatch):
-    monkeypatch.setattr(pipeline, "block_seed", lambda seed, _name: seed)
+    monkeypatch.setattr(blockwise, "block_seed", lambda seed, _name: seed)
     model = make_model()
-    config = RunConfig.from_options(model=model, dataset=ids, **{**FAST, "iters": 5, "bits": 2})
+    config = RunConfig.from_options(model=model, dataset=ids, **{**FAST, "iters": 5, "bits": 2}, e2e_steps=0)
     stored = pipeline.quantize(open_session(config), tmp_path / "w").load("model.layers.0")
     with torch.no_grad():
         hidden = model.model.embed_tokens(ids.input_ids)

@@ -158,3 +158,11 @@ def test_a_scheme_option_is_checked_with_the_preset():
         SchemeConfig(bits=11).base_scheme()
     with pytest.raises(ConfigError, match="unknown scheme 'W4A61'"):
         SchemeConfig(scheme="W4A61").base_scheme()
+
+
+@pytest.mark.parametrize(
+    "options", [{"report_text": "held_out.txt"}, {"options": "W2A16,W4A16", "target_bits": 3.0}, {"iters": 5}]
+)
+def test_what_needs_a_model_is_refused_without_one(options):
+    with pytest.raises(ConfigError, match="model_free"):
+        RunConfig.from_options(model_free=True, **{"iters": 0, **options})

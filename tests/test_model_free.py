@@ -22,7 +22,7 @@ from auto_round.formats.export import HEAD_BLOCK
 from auto_round.model_free import RoundedAgain, Rounding, in_order
 from auto_round.session import open_session
 
-PLAIN = {"iters": 0, "disable_opt_rtn": True, "device": "cpu"}
+PLAIN = {"report": False, "iters": 0, "disable_opt_rtn": True, "device": "cpu"}
 KINDS = ("llama", "qwen3", "qwen3_moe", "mixtral", "deepseek_v3", "gpt_oss", "llama4", "gpt2", "opt")
 CASES = {
     "auto_round": {"bits": 4, "group_size": 32},
