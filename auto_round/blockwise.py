@@ -232,15 +232,27 @@ def _tune_within_memory(walk: _Walk, block: Block, targets_NTH: Tensor | None, c
 
 
 def open_stream(
-    session: Session, data: CalibrationSet, *, quantized_chain: bool, budget: MemoryBudget | None = None
+    session: Session,
+    data: CalibrationSet,
+    *,
+    quantized_chain: bool,
+    budget: MemoryBudget | None = None,
+    other_bytes: int = 0,
 ) -> BlockStream:
+    """Returns the stream of a session's blocks, its activations where there is room for them.
+
+    Args:
+        quantized_chain: as in `BlockStream`.
+        budget: None for one of two chains.
+        other_bytes: what will be kept where the activations are.
+    """
     config = session.config
     device = compute_device(config.device)
     stored = next((p.dtype for p in session.source.model.parameters() if p.is_floating_point()), torch.float32)
     dtype = compute_dtype(device, stored, amp=config.tune.amp)
     hidden = session.plan.entries[0].layer.shape[1]
     budget = MemoryBudget(config, device, chains=2) if budget is None else budget
-    on_host = budget.starts_on_host(data.input_ids.numel() * hidden * dtype.itemsize)
+    on_host = budget.starts_on_host(data.input_ids.numel() * hidden * dtype.itemsize, other_bytes)
     return BlockStream(
         session.source,
         session.plan.groups,

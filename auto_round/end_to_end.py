@@ -133,10 +133,17 @@ def tune_scales(
     heads = [(name, store.load(HEAD_BLOCK).weights[name]) for name in output_layers(plan)]
     # An embedding that serves as output layer: what other scales do to the model's input is not seen here.
     fixed = frozenset(name for name, _ in heads if name != f"{plan.structure.head}.weight")
-    model = QuantizedModel(stream, store.load, heads[0] if heads else None, transposed, fixed)
-    release_freed()
     started = time.monotonic()
-    outcome = run_steps(model, config, steps, torch.Generator().manual_seed(seed))
+    try:
+        model = QuantizedModel(stream, store.load, heads[0] if heads else None, transposed, fixed)
+        release_freed()
+        outcome = run_steps(model, config, steps, torch.Generator().manual_seed(seed))
+    except torch.OutOfMemoryError:
+        if config.end_to_end.e2e_steps is not None or distributed.world_size() > 1:
+            raise
+        # The blocks are finished and good without it.
+        logger.warning("end to end: left out, memory does not suffice. --low_gpu_mem_usage keeps codes in host memory")
+        return
     if distributed.is_writer():
         changed = {
             name: rescaled(weight, outcome.sigmas[model.keys[name]].to(weight.scale.device))

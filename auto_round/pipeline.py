@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging
+import math
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -174,7 +175,8 @@ def quantize(session: Session, work: Path) -> RunStore:
             tune_everything(session, store, data)
         distributed.barrier()
         if data is not None and steps:
-            opened = functools.partial(open_stream, session, data, quantized_chain=False)
+            codes = sum(math.prod(entry.layer.shape) for entry in plan.quantized().values())
+            opened = functools.partial(open_stream, session, data, quantized_chain=False, other_bytes=codes)
             seed = block_seed(config.tune.seed, "end_to_end")
             end_to_end.tune_scales(plan, store, config, opened, steps=steps, seed=seed)
     assert all(store.has(group[0]) for group in plan.groups), source

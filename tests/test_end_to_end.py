@@ -310,6 +310,21 @@ def test_steps_by_default_are_left_out_where_they_cannot_be_taken(make_model, to
     assert "left out; it needs at least 2 calibration samples" in caplog.text
 
 
+def test_running_out_of_memory_keeps_the_blocks_unless_steps_were_asked_for(
+    make_model, ids, tmp_path, monkeypatch, caplog
+):
+    def full(*_arguments):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(end_to_end, "run_steps", full)
+    store, session = quantize(make_model(), tmp_path / "a", dataset=ids, iters=2, bits=2, e2e_steps=None)
+    assert list(store.finished()) == [group[0] for group in session.plan.groups]
+    assert not store.scales_record()
+    assert "memory does not suffice" in caplog.text
+    with pytest.raises(torch.OutOfMemoryError):
+        quantize(make_model(), tmp_path / "b", dataset=ids, iters=2, bits=2, e2e_steps=3)
+
+
 # --- refusals ---------------------------------------------------------------------------------------------------
 
 

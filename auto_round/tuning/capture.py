@@ -34,6 +34,8 @@ def compiled_or_eager(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
         if working:
             try:
                 return compiled(*args, **kwargs)
+            except torch.OutOfMemoryError:
+                raise  # eager passes would take more
             except (torch._dynamo.exc.TorchDynamoException, RuntimeError) as error:
                 logger.warning("torch.compile failed, going on without: %s", str(error).splitlines()[0])
                 working = False

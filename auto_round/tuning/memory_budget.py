@@ -62,14 +62,17 @@ class MemoryBudget:
         free, _ = torch.cuda.mem_get_info(self.device)
         return free + torch.cuda.memory_reserved(self.device)
 
-    def starts_on_host(self, chain_bytes: int) -> bool:
+    def starts_on_host(self, chain_bytes: int, other_bytes: int = 0) -> bool:
         """Whether activations are kept in host memory from the start, before it is known what blocks take.
 
         While they are first recorded they are there twice; later there are tensors of about their size beside them.
+
+        Args:
+            other_bytes: what is kept in the same place.
         """
         total = self.total()
         return self.choices[0].on_host or (
-            self.device.type != "cpu" and total is not None and 2 * self.chains * chain_bytes > total
+            self.device.type != "cpu" and total is not None and 2 * self.chains * chain_bytes + other_bytes > total
         )
 
     def choose(self, stream: BlockStream, block: Block, schemes: Mapping[str, QuantizationScheme]) -> Choice:

@@ -70,3 +70,15 @@ def test_a_function_that_does_not_compile_goes_on_eagerly_for_good(monkeypatch, 
     assert len(compiled_calls) == 1
     assert caplog.text.count("no compiler here") == 1
     assert "long story" not in caplog.text
+
+
+def test_running_out_of_memory_is_no_failure_to_compile(monkeypatch):
+    def full(_function):
+        def call(*_args):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+        return call
+
+    monkeypatch.setattr(torch, "compile", full)
+    with pytest.raises(torch.OutOfMemoryError):
+        compiled_or_eager(lambda x: x * 2)(torch.tensor(1.0))

@@ -138,6 +138,12 @@ def test_large_chains_are_recorded_in_host_memory(device, options, chain, expect
     assert budget_of(device, **options).starts_on_host(chain) == expected
 
 
+def test_codes_that_lie_beside_the_chains_count():
+    budget = budget_of(GPU, max_gpu_memory="8GiB")
+    assert not budget.starts_on_host(GIB, 3 * GIB)
+    assert budget.starts_on_host(GIB, 5 * GIB)
+
+
 def test_blocks_of_one_kind_are_measured_once(opened, monkeypatch):
     stream, first, schemes = opened
     calls, measure = [], memory_budget.measured_passes
