@@ -169,7 +169,8 @@ class AutoRound:
             raise ConfigError("nothing is quantized yet: call quantize() first, or quantize_and_save()")
         for target in wanted:
             pipeline.write(self.session, target, self._store)
-        pipeline.write_reports(self.session, wanted, self._store, self._measured)
+        if self._measured is not None:
+            pipeline.write_reports(self.session, wanted, pipeline.block_summaries(self._store), self._measured)
         return [target.folder for target in wanted]
 
     def quantize_and_save(

@@ -110,8 +110,7 @@ def tune_everything(session: Session, store: RunStore, data: CalibrationSet) -> 
     outside_left = bool(plan.outside()) and (measured is not None or not store.has(HEAD_BLOCK))
     if all(store.has(group[0]) for group in plan.groups) and not outside_left and measured is None:
         return
-    least_bits = min((entry.scheme.bits for entry in plan.quantized().values()), default=16)
-    tuner = tuner_for(config.tune, least_bits)
+    tuner = tuner_for(config.tune, [entry.scheme for entry in plan.quantized().values()])
     has_two = config.tune.enable_quanted_input and tuner.needs_targets
     chains = 3 if has_two and tuner.needs_original_inputs else 2
     budget = MemoryBudget(config, compute_device(config.device), chains)

@@ -22,7 +22,7 @@ from auto_round.conversion import FusedKey, conversions, map_keys, stored_keys, 
 from auto_round.errors import CheckpointError, ConfigError
 from auto_round.models.auto_class import auto_class
 from auto_round.shards import INDEX_NAME
-from auto_round.stored_tensors import PICKLED_INDEX_NAME, NamedTensors, StoredTensors
+from auto_round.stored_tensors import PICKLED_INDEX_NAME, NamedTensors, SlicedTensors, StoredTensors
 
 # Where a quantization is described: in config.json, and in files of its own beside it.
 QUANTIZATION_KEYS = ("quantization_config", "quantization", "compression_config")
@@ -122,12 +122,13 @@ class CheckpointSource:
         self._unfused = unfuse(model)
         self.model = self.original = self._unfused.model
         self._map = map_keys(stored, self._unfused)
-        self._places = {
+        places = {
             part: (key, piece)
             for key, held in self._map.fused.items()
             for part, piece in held.parts.items()
             if key in stored
         }
+        self._sliced = SlicedTensors(stored, places)
 
     def keys(self) -> dict[str, str | None]:
         """Returns checkpoint key -> parameter name within the model, or None."""
@@ -135,17 +136,11 @@ class CheckpointSource:
 
     def read(self, key: str) -> Tensor:
         """Returns the tensor stored under a checkpoint key, or the slice that a key stands for."""
-        if key not in self._places:
-            return self.stored[key]
-        fused, piece = self._places[key]
-        return piece.of(self.stored[fused]).contiguous()
+        return self._sliced.read(key)
 
     def outline(self, key: str) -> Tensor:
         """Returns shape and dtype of what `read` would return, on the meta device."""
-        if key not in self._places:
-            return self.stored.outline(key)
-        fused, piece = self._places[key]
-        return piece.of(self.stored.outline(fused)).contiguous()
+        return self._sliced.outline(key)
 
     def ignored(self) -> set[str]:
         """Returns the keys of stored tensors that no part of the model takes."""

@@ -86,12 +86,17 @@ def check(config: RunConfig, plan: Plan) -> None:
         raise UnsupportedError(f"e2e_steps={config.end_to_end.e2e_steps}: {reason}. Leave out --e2e_steps")
 
 
-def check_stream(stream: BlockStream, config: RunConfig) -> None:
-    """Raises UnsupportedError or CalibrationError if the stage is asked for and model or samples do not allow it."""
+def check_stream(stream: BlockStream, config: RunConfig) -> str | None:
+    """Returns why model or samples do not allow the stage, or None.
+
+    Raises:
+        UnsupportedError, CalibrationError: they do not, and it was asked for.
+    """
     reason = _why_not_followed(stream)
     if config.end_to_end.e2e_steps and reason:
         kind = UnsupportedError if stream.changes_between_blocks else CalibrationError
         raise kind(f"e2e_steps={config.end_to_end.e2e_steps}: {reason}")
+    return reason
 
 
 def _why_not_followed(stream: BlockStream) -> str | None:
@@ -124,8 +129,7 @@ def tune_scales(
         logger.info("end to end: from the interrupted run, %s", _described(record["summary"]))
         return
     stream = open_stream()
-    check_stream(stream, config)
-    reason = _why_not_followed(stream)
+    reason = check_stream(stream, config)
     if reason:
         logger.info("end to end: left out; %s", reason)
         return

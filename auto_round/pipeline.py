@@ -10,7 +10,7 @@ import functools
 import logging
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -99,22 +99,29 @@ def run(session: Session) -> RunResult:
         distributed.barrier()
         return RunResult(tuple(target.folder for target in wanted), {}, seconds)
     started = time.monotonic()
-    session = settled(session, work)
-    wanted = format_targets(session)
+    if not session.is_settled:
+        session = settled(session, work)
+        wanted = format_targets(session)
     store = quantize(session, work)
     seconds = time.monotonic() - started
-    summaries = {name: store.load(name).summary() for name in store.finished()}
+    summaries = block_summaries(store)  # before the writer removes what the other ranks read
     if distributed.is_writer():
         for target in wanted:
             write(session, target, store)
     distributed.barrier()
     measured = measure_quality(session, store)
     if distributed.is_writer():
-        write_reports(session, wanted, store, measured)
+        if measured is not None:
+            write_reports(session, wanted, summaries, measured)
         if not config.work_dir:
             store.remove()
     distributed.barrier()
     return RunResult(tuple(target.folder for target in wanted), summaries, seconds, measured)
+
+
+def block_summaries(store: RunStore) -> dict[str, dict[str, Any]]:
+    """Returns block name -> losses, kept step and notes; reads every block."""
+    return {name: store.load(name).summary() for name in store.finished()}
 
 
 def measure_quality(session: Session, store: RunStore) -> quality.Measured | None:
@@ -129,13 +136,18 @@ def measure_quality(session: Session, store: RunStore) -> quality.Measured | Non
 
 
 def write_reports(
-    session: Session, targets: Sequence[FormatTarget], store: RunStore, measured: quality.Measured | None
+    session: Session,
+    targets: Sequence[FormatTarget],
+    summaries: Mapping[str, dict[str, Any]],
+    measured: quality.Measured,
 ) -> None:
-    """Writes the quality report beside the weights of each format, if one was measured."""
-    if measured is not None:
-        summaries = {name: store.load(name).summary() for name in store.finished()}
-        for target in targets:
-            quality.write_report(target, quality.record(session, target, summaries, measured))
+    """Writes the quality report beside the weights of each format.
+
+    Args:
+        summaries: what `block_summaries` gave.
+    """
+    for target in targets:
+        quality.write_report(target, quality.record(session, target, summaries, measured))
 
 
 def write(session: Session, target: FormatTarget, store: RunStore) -> None:

@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from auto_round.errors import CheckpointError
+from auto_round.models.experts import ExpertSlice
 from auto_round.shards import INDEX_NAME
 
 PICKLED_INDEX_NAME = "pytorch_model.bin.index.json"
@@ -24,6 +25,32 @@ class NamedTensors(Mapping[str, Tensor]):
     def outline(self, key: str) -> Tensor:
         """Returns shape and dtype of a tensor: the same on the meta device."""
         return self[key].to("meta")
+
+
+class SlicedTensors:
+    """Tensors by checkpoint key, where some keys stand for slices of fused tensors.
+
+    Args:
+        stored: what there is.
+        places: key of a slice -> the key of the tensor that holds it, and which part of it.
+    """
+
+    def __init__(self, stored: NamedTensors, places: Mapping[str, tuple[str, ExpertSlice]]) -> None:
+        self.stored, self.places = stored, places
+
+    def read(self, key: str) -> Tensor:
+        """Returns the tensor stored under a checkpoint key, or the slice that a key stands for."""
+        if key not in self.places:
+            return self.stored[key]
+        fused, piece = self.places[key]
+        return piece.of(self.stored[fused]).contiguous()
+
+    def outline(self, key: str) -> Tensor:
+        """Returns shape and dtype of what `read` would return, on the meta device."""
+        if key not in self.places:
+            return self.stored.outline(key)
+        fused, piece = self.places[key]
+        return piece.of(self.stored.outline(fused)).contiguous()
 
 
 class StoredTensors(NamedTensors):

@@ -26,7 +26,7 @@ from auto_round.sources.dequantized import DequantizedTensors
 from auto_round.sources.method import read_method
 from auto_round.sources.open import dense_dtype
 from auto_round.sources.parts import is_range
-from auto_round.stored_tensors import NamedTensors, StoredTensors
+from auto_round.stored_tensors import NamedTensors, SlicedTensors, StoredTensors
 from auto_round.streamed_tensors import StreamedTensors
 
 logger = logging.getLogger(__name__)
@@ -56,7 +56,8 @@ class NamedSource:
             for name in layout.tensors(with_bias=f"{module}.{DOWN}{BIAS}" in shapes):
                 slices = layout.slices(name, LEAVES)
                 self._fused[f"{module}.{name}"] = {f"{module}.{piece.parameter}": piece for piece in slices}
-        self._places = {part: (key, piece) for key, parts in self._fused.items() for part, piece in parts.items()}
+        places = {part: (key, piece) for key, parts in self._fused.items() for part, piece in parts.items()}
+        self._sliced = SlicedTensors(stored, places)
         self._parts = {key: tuple(self._fused.get(key, (key,))) for key in kept}
         self._extra: tuple[str, ...] = ()
 
@@ -83,7 +84,7 @@ class NamedSource:
         is_lent = isinstance(self.stored, StreamedTensors) and all(key in rounded for key in parts)
         tensor = self.stored.lent(stored_key) if is_lent else self.stored[stored_key]
         for key in parts:
-            yield key, self._places[key][1].of(tensor).contiguous() if key in self._places else tensor
+            yield key, self._sliced.places[key][1].of(tensor).contiguous() if key in self._sliced.places else tensor
 
     def structure(self, block_lists: list[str] | None) -> ModelStructure:
         """Returns blocks and linear layers by the names and shapes of the tensors, see `discover_by_names`."""
@@ -107,17 +108,11 @@ class NamedSource:
 
     def read(self, key: str) -> Tensor:
         """Returns the tensor stored under a checkpoint key, or the slice that a key stands for."""
-        if key not in self._places:
-            return self.stored[key]
-        fused, piece = self._places[key]
-        return piece.of(self.stored[fused]).contiguous()
+        return self._sliced.read(key)
 
     def outline(self, key: str) -> Tensor:
         """Returns shape and dtype of what `read` would return, on the meta device."""
-        if key not in self._places:
-            return self.stored.outline(key)
-        fused, piece = self._places[key]
-        return piece.of(self.stored.outline(fused)).contiguous()
+        return self._sliced.outline(key)
 
     def ignored(self) -> set[str]:
         """Returns the keys in modules that the code of models leaves out, as layers that predict several tokens."""

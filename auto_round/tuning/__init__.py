@@ -1,9 +1,10 @@
 """Tuners: functions from a block and its inputs to quantized weights."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from auto_round.config import TuneConfig
+from auto_round.schemes import QuantizationScheme
 from auto_round.tensors import BlockResult
 from auto_round.tuning import fused_float as _fused_float  # noqa: F401
 from auto_round.tuning import fused_int as _fused_int  # noqa: F401
@@ -39,8 +40,7 @@ def tune(task: TuningTask, config: TuneConfig) -> BlockResult:
     peaks = calibrated_peaks(task)
     block = with_input_quantizers(task.block, input_quantizers(task.schemes, peaks))
     # Cross-attention that text leaves out has nothing to be tuned on.
-    least_bits = min((scheme.bits for scheme in task.schemes.values()), default=16)
-    tuner = tuner_for(config if task.block.runs else dataclasses.replace(config, iters=0), least_bits)
+    tuner = tuner_for(config if task.block.runs else dataclasses.replace(config, iters=0), task.schemes.values())
     result = with_peaks(tuner(dataclasses.replace(task, block=block), config), peaks)
     tokens = expert_tokens(task.block, task.inputs, task.batches)
     return dataclasses.replace(result, expert_tokens=tokens, note="; ".join(filter(None, [result.note, idle(tokens)])))
@@ -57,8 +57,8 @@ def idle(tokens: Mapping[str, Sequence[int]]) -> str:
     )
 
 
-def tuner_for(config: TuneConfig, least_bits: int = 16) -> Tuner:
-    """Returns the tuner that a configuration asks for, where the narrowest weight has so many bits."""
+def tuner_for(config: TuneConfig, schemes: Iterable[QuantizationScheme] = ()) -> Tuner:
+    """Returns the tuner that a configuration asks for, for weights of these schemes."""
     if config.iters > 0:
-        return SignRound(mixes_inputs=config.mixes_inputs(least_bits))
+        return SignRound(mixes_inputs=config.mixes_inputs(min((scheme.bits for scheme in schemes), default=16)))
     return PlainRounding() if config.disable_opt_rtn else SearchedRounding()

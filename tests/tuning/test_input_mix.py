@@ -57,10 +57,10 @@ def test_steps_see_the_mixture_and_reported_losses_do_not(make_task):
 def test_narrow_weights_are_tuned_on_the_mixture_unless_it_is_turned_off(make_task):
     from auto_round.config import TuneConfig
 
-    assert tuner_for(TuneConfig(), 3).needs_original_inputs
-    assert not tuner_for(TuneConfig(), 4).needs_original_inputs
-    assert tuner_for(TuneConfig(enable_mixed_input=True), 8).needs_original_inputs
-    assert not tuner_for(TuneConfig(enable_quanted_input=False), 2).needs_original_inputs
+    assert tuner_for(TuneConfig(), [QuantizationScheme(bits=3), QuantizationScheme(bits=8)]).needs_original_inputs
+    assert not tuner_for(TuneConfig(), [QuantizationScheme(bits=4)]).needs_original_inputs
+    assert tuner_for(TuneConfig(enable_mixed_input=True), [QuantizationScheme(bits=8)]).needs_original_inputs
+    assert not tuner_for(TuneConfig(enable_quanted_input=False), [QuantizationScheme(bits=2)]).needs_original_inputs
     task = make_task(QuantizationScheme(bits=2, group_size=32))
     task = dataclasses.replace(task, original_inputs=task.inputs + 0.5)
     options = {"iters": 8, "batch_size": 4}

@@ -8,6 +8,7 @@ import os
 
 import pytest
 import torch
+from autograd_step import step_with_autograd
 
 from auto_round.data_types import DATA_TYPES
 from auto_round.elements import ELEMENTS
@@ -76,13 +77,6 @@ def make_weight(scheme, dtype, shape, *, is_extreme=False, curved=False, parts=1
     curvature = Curvature(torch.rand(shape[0], generator=rng), torch.rand(inputs, generator=rng)) if curved else None
     range_ = data_type.minmax_range(weight, scheme)
     return TunedWeight(weight, scheme, data_type, range_, params, curvature, 0.5, parts)
-
-
-def step_with_autograd(tuned, gradient, decay, rounding_size, clip_size):
-    found = tuned.gradients(gradient)
-    for name, tensor in tuned.params.items():
-        tensor.sub_(found[name].sign() * (decay * (rounding_size if name == "rounding" else clip_size)))
-    tuned.keep_in_bounds()
 
 
 if IS_INTERPRETED:
